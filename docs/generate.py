@@ -1,0 +1,100 @@
+"""Writes the generated parts of README.md and docs/*.md: the commands' reference and the tree of files.
+
+A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`; NAME is `commands` or
+`tree`. `make docs` rewrites the parts, `make check` (with --check) fails where one is stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src/postil"
+PART = re.compile(r"(?<=<!-- generated: )(\w+)( -->\n)(.*?)(?=<!-- end of generated -->)", re.DOTALL)
+
+
+def job(path: Path) -> str:
+    """The first line of a module's docstring."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+def tree(package: Path = PACKAGE) -> str:
+    """One line a file of the package, with its job: a folder's own files, then the folders in it."""
+    return "```text\n" + "\n".join([f"src/{package.name}/", *branch(package, "  ")]) + "\n```\n"
+
+
+def branch(folder: Path, indent: str) -> Iterator[str]:
+    """The lines of one folder; a folder's job is that of its `__init__.py`, which has no line of its own."""
+    for path in sorted(folder.glob("*.py")):
+        if path.name != "__init__.py":
+            yield f"{indent}{path.name}".ljust(26) + f"  {job(path)}"
+    for inner in sorted(folder.iterdir()):
+        if (inner / "__init__.py").is_file():
+            yield f"{indent}{inner.name}/".ljust(26) + f"  {job(inner / '__init__.py')}"
+            yield from branch(inner, indent + "  ")
+
+
+def commands(app: typer.Typer | None = None) -> str:
+    """The reference of every command: what it does, its arguments, its options with their defaults."""
+    if app is None:
+        from postil.cli import app
+    return "\n".join(described(typer.main.get_command(app), ["postil"]))
+
+
+def described(command: object, words: list[str]) -> Iterator[str]:
+    """Markdown lines of one command, then of those below it."""
+    yield f"## `{' '.join(words)}`\n"
+    if text := inspect.cleandoc(command.help or "").replace("\b", "").replace("\f", ""):
+        yield f"{text}\n"
+    entries = [described_parameter(one) for one in command.params if not getattr(one, "hidden", False)]
+    if entries:
+        yield "\n".join(entries) + "\n"
+    for name, inner in getattr(command, "commands", {}).items():
+        if not inner.hidden:
+            yield from described(inner, [*words, name])
+
+
+def described_parameter(parameter: object) -> str:
+    """One list item: the names, the words of help, the default where there is one to tell."""
+    if parameter.param_type_name == "argument":
+        names = parameter.name.upper()
+    else:
+        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    said = " ".join((getattr(parameter, "help", None) or "").split())
+    default = parameter.default
+    told = isinstance(default, str | int | float) and not isinstance(default, bool) and default != ""
+    entry = f"- `{names}`" + (f": {said}" if said else "")
+    return entry + (f" (default `{default}`)" if told else " (required)" if parameter.required else "")
+
+
+PARTS = {"commands": commands, "tree": tree}
+
+
+def refreshed(text: str) -> str:
+    """A page's text with every generated part made anew."""
+    return PART.sub(lambda part: f"{part[1]}{part[2]}{PARTS[part[1]]()}", text)
+
+
+def main(arguments: list[str], pages: list[Path]) -> int:
+    """Rewrite the pages, or with --check say which are stale; the exit code."""
+    old = {page: page.read_text(encoding="utf-8") for page in pages}
+    stale = {page: text for page in pages if (text := refreshed(old[page])) != old[page]}
+    for page, text in stale.items():
+        if "--check" in arguments:
+            print(f"{page.name} is stale; mend it with: make docs", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+            print(f"{page.name} is new")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]))

@@ -1,0 +1,70 @@
+"""The public names of postil, each imported on first use: `import postil` alone loads no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+__version__ = version("postil")
+
+__all__ = [
+    "AdapterError",
+    "Base",
+    "BaseModelError",
+    "DataError",
+    "InternalError",
+    "LoraConfig",
+    "PostilError",
+    "RecipeError",
+    "RequestError",
+    "RunError",
+    "StorageError",
+    "__version__",
+    "load_base",
+    "load_data",
+]
+
+_HOME = {
+    "AdapterError": "postil.errors",
+    "Base": "postil.base",
+    "BaseModelError": "postil.errors",
+    "DataError": "postil.errors",
+    "InternalError": "postil.errors",
+    "LoraConfig": "postil.adapter.config",
+    "PostilError": "postil.errors",
+    "RecipeError": "postil.errors",
+    "RequestError": "postil.errors",
+    "RunError": "postil.errors",
+    "StorageError": "postil.errors",
+    "load_base": "postil.base",
+    "load_data": "postil.data",
+}
+
+if TYPE_CHECKING:
+    from postil.adapter.config import LoraConfig
+    from postil.base import Base, load_base
+    from postil.data import load_data
+    from postil.errors import (
+        AdapterError,
+        BaseModelError,
+        DataError,
+        InternalError,
+        PostilError,
+        RecipeError,
+        RequestError,
+        RunError,
+        StorageError,
+    )
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import the module that a public name lives in and keep the name here (PEP 562)."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'postil' has no attribute {name!r}")
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

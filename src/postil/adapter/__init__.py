@@ -1,0 +1,1 @@
+"""Adapters: configuration, the resident bank, attaching, merging, and PEFT's file format."""

@@ -1,0 +1,200 @@
+"""Knows a base by its bytes: the source (config and tensors) and the numeric form it is held in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postil.base.cache import cache_directory
+from postil.base.stored import SINGLE, StoredTensor, read_config, stored_tensors, weight_files
+from postil.errors import BaseModelError
+from postil.files import write_json
+
+# Fields of config.json that may differ between two copies of the same base.
+VOLATILE = frozenset(
+    {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "_attn_implementation",
+     "_attn_implementation_internal", "attn_implementation", "_commit_hash", "quantization_config"}
+)  # fmt: skip
+FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_STORED_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+_CHUNK = 1 << 24  # bytes hashed at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """`source`: "sha256:…" over config and tensors; `form`: bf16, fp16, fp32, … or mixed."""
+
+    source: str
+    form: str
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.form})"
+
+
+def directory_source(directory: Path, *, verify: bool = False) -> str:
+    """The source hash of a model directory, independent of sharding and file layout.
+
+    A quick check (path, sizes and times of the files) answers from the cache; `verify` hashes every
+    byte anew. Raises BaseModelError when the directory is broken.
+    """
+    directory = directory.resolve()
+    return _cached(directory, _stamps(directory), verify, lambda: compute_source(directory))
+
+
+def compute_source(directory: Path) -> str:
+    """The source hash of a model directory from all its bytes, past the cache."""
+    return _digest(canonical_config(read_config(directory)), _stored_fields(stored_tensors(directory)))
+
+
+def gguf_source(file: Path, *, verify: bool = False) -> str:
+    """The source hash of a GGUF file: its whole bytes, since it is one file that carries its config."""
+    file = file.resolve()
+
+    def compute() -> str:
+        with open(file, "rb") as handle:
+            return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+
+    return _cached(file, {file.name: _stamp(file)}, verify, compute)
+
+
+def live_source(model: Any) -> str:
+    """The source hash of a model in memory, equal to that of the directory save_pretrained would write.
+
+    `model`: a PreTrainedModel. Buffers that are not saved are left out; tied tensors count once.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return _digest(
+        canonical_config(config),
+        ((name, _stored_name(state[name]), tuple(state[name].shape), _tensor_sha256(state[name]))
+         for name in sorted(state)),
+    )  # fmt: skip
+
+
+def numeric_form(model: torch.nn.Module) -> str:
+    """bf16, fp16, fp32 … when all floating parameters share a dtype, else `mixed`."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(kinds) != 1:
+        return "mixed"
+    kind = kinds.pop()
+    return FORMS.get(kind, str(kind).removeprefix("torch."))
+
+
+def live_digest(model: torch.nn.Module) -> str:
+    """SHA-256 (hex) over name, dtype, shape and bytes of every live parameter and buffer, tied ones once.
+
+    Equal before and after means: the base is bit for bit as it was.
+    """
+    digest = hashlib.sha256()
+    # named_parameters and named_buffers drop the second name of a tied tensor.
+    live: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(live):
+        tensor = live[name]
+        _frame(digest, name, str(tensor.dtype), str(tuple(tensor.shape)), _tensor_sha256(tensor))
+    return digest.hexdigest()
+
+
+def canonical_config(config: dict[str, Any]) -> str:
+    """The configuration as text that two copies of the same base share: sorted, without volatile fields."""
+    return json.dumps(_without_volatile(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(inner) for key, inner in value.items() if key not in VOLATILE}
+    if isinstance(value, list):
+        return [_without_volatile(inner) for inner in value]
+    return value
+
+
+def _digest(config: str, tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    digest = hashlib.sha256()
+    _frame(digest, "postil base 1", config)
+    for name, dtype, shape, content in tensors:
+        _frame(digest, name, dtype, json.dumps(list(shape)), content)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _frame(digest: Any, *fields: str) -> None:
+    """Add fields with their lengths, so that no two lists of fields give the same bytes."""
+    for field in fields:
+        raw = field.encode("utf-8")
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+
+
+def _stored_fields(tensors: list[StoredTensor]) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """(name, dtype, shape, sha256 of bytes) by name, each file mapped once."""
+    maps: dict[Path, mmap.mmap] = {}
+    try:
+        for tensor in tensors:
+            if tensor.file not in maps:
+                with open(tensor.file, "rb") as handle:
+                    maps[tensor.file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            content = hashlib.sha256()
+            with memoryview(maps[tensor.file]) as view:
+                for begin in range(tensor.begin, tensor.end, _CHUNK):
+                    with view[begin : min(begin + _CHUNK, tensor.end)] as piece:
+                        content.update(piece)
+            yield tensor.name, tensor.dtype, tensor.shape, content.hexdigest()
+    finally:
+        for mapped in maps.values():
+            mapped.close()
+
+
+def _stored_name(tensor: torch.Tensor) -> str:
+    return _STORED_NAMES.get(tensor.dtype, str(tensor.dtype))
+
+
+def _tensor_sha256(tensor: torch.Tensor) -> str:
+    if tensor.device.type == "meta":
+        raise BaseModelError("The model has tensors without bytes (meta device): load its weights first.")
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _stamps(directory: Path) -> dict[str, list[int]]:
+    files = [directory / "config.json", *weight_files(directory)]
+    if files[-1].name != SINGLE:
+        files.append(directory / "model.safetensors.index.json")
+    if not files[0].is_file():
+        read_config(directory)
+    return {file.name: _stamp(file) for file in files}
+
+
+def _cached(path: Path, stamps: dict[str, list[int]], verify: bool, compute: Any) -> str:
+    """The source of `path`, from `<cache>/fingerprints.json` when its files' sizes and times still fit."""
+    store = cache_directory() / "fingerprints.json"
+    try:
+        known = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    entry = known.get(str(path))
+    if not verify and isinstance(entry, dict) and entry.get("files") == stamps:
+        return str(entry["source"])
+    source = str(compute())
+    known[str(path)] = {"files": stamps, "source": source}
+    try:
+        write_json(store, known)
+    except OSError:
+        return source  # a cache that cannot be written only costs time
+    return source

@@ -1,0 +1,259 @@
+"""Opens a base: any source in, a frozen model with owned weights, its tokenizer and its fingerprint out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postil.base import catalog, hub
+from postil.base.fingerprint import Fingerprint, directory_source, gguf_source, live_source, numeric_form
+from postil.base.gguf import load_gguf
+from postil.base.quiet import LOADING_ERRORS, first_line, quiet
+from postil.base.stored import StoredTensor, read_config, read_object, stored_tensors
+from postil.base.support import check_supported, refuse_code
+from postil.base.weights import check_finite, check_keys, own_weights
+from postil.errors import BaseModelError, listed, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json"
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Base:
+    """An opened base: `model` (a PreTrainedModel in eval mode, every weight frozen) and its `tokenizer`.
+
+    `tokenizer`: a fast one, or None for a model that the user loaded. `source`: what the user named.
+    `directory`: the HF directory it was read from, if any; `file`: the GGUF file, if any.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    directory: Path | None = None
+    file: Path | None = None
+    _form: str = field(default="", repr=False)
+    _source_hash: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._form = numeric_form(self.model)  # before an adapter brings parameters of another dtype
+
+    @property
+    def config(self) -> Any:
+        """The model's own configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (of the embedding, where they are mixed)."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.dtype
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence in tokens, or None where the model sets no limit."""
+        text = self.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+            value = getattr(text, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def architecture(self) -> str:
+        """The model's kind as transformers names it: llama, gpt2, …"""
+        return str(self.config.model_type)
+
+    def fingerprint(self, *, verify: bool = False) -> Fingerprint:
+        """What this base is, by its bytes; computed once. `verify`: hash every stored byte anew."""
+        if self._source_hash is None or verify:
+            if self.file is not None:
+                self._source_hash = gguf_source(self.file, verify=verify)
+            elif self.directory is not None:
+                self._source_hash = directory_source(self.directory, verify=verify)
+            else:
+                self._source_hash = live_source(self.model)
+        return Fingerprint(self._source_hash, self._form)
+
+
+def load_base(
+    source: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> Base:
+    """Open a base and freeze it.
+
+    source: an HF model directory, a `.gguf` file, a name of the catalog, or a hub name (owner/name).
+    dtype: "auto" (as stored; the widest where a directory mixes them; float32 for GGUF), "float32",
+    "bfloat16" or "float16". device: "cpu", "cuda", "cuda:N", or "auto" (cuda when there is one).
+    trust_remote_code: let a model directory run code of its own. Raises BaseModelError with one sentence
+    for everything that is missing, broken or of an unsupported kind.
+    """
+    wanted, place = _dtype_of(dtype), device_of(device)
+    name = str(source)
+    path = Path(source).expanduser()
+    if isinstance(source, str) and source in catalog.names():
+        return _open_directory(catalog.fetch(source), name, wanted, place, trust_remote_code)
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path, name, wanted, place)
+    if not path.exists() and isinstance(source, str):
+        path = _resolve_missing(source, path, code=trust_remote_code)
+    return _open_directory(path, name, wanted, place, trust_remote_code)
+
+
+def base_from_model(model: Any, tokenizer: Any = None) -> Base:
+    """A Base around a PreTrainedModel that the user has loaded; its weights are frozen in place."""
+    freeze(model)
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    directory = Path(name) if name and (Path(name) / "config.json").is_file() else None
+    if directory is None and name:
+        directory = hub.cached(name, getattr(model.config, "_commit_hash", None))
+    return Base(model, tokenizer, name or type(model).__name__, directory)
+
+
+def freeze(model: torch.nn.Module) -> None:
+    """No gradient for any weight, and eval mode: a base never changes and never drops out."""
+    model.requires_grad_(False)
+    model.eval()
+
+
+def device_of(device: str) -> torch.device:
+    """The device named "cpu", "cuda", "cuda:N" or "auto"; BaseModelError where this machine lacks it."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in device and not (kind == "cuda" and number.isdecimal())):
+        hint = nearest(device, ("cpu", "cuda", "auto"))
+        raise BaseModelError(f"{device!r} is no device{hint}: give cpu, cuda, cuda:N or auto.")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BaseModelError(f"{device} is not available on this machine: use cpu (or auto).")
+        if number and int(number) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise BaseModelError(f"{device} does not exist: this machine has {count} GPU(s), from cuda:0 on.")
+    return torch.device(device)
+
+
+def _dtype_of(dtype: str) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        known = ("auto", *DTYPES)
+        hint = nearest(dtype, known)
+        raise BaseModelError(f"{dtype!r} is no dtype for a base{hint}: give {', '.join(known)}.")
+    return DTYPES[dtype]
+
+
+def _resolve_missing(source: str, path: Path, *, code: bool) -> Path:
+    """A source that is no path here: the hub's, when it reads owner/name; else say what was missing."""
+    if hub.is_hub_name(source):
+        return hub.download(source, code=code)
+    if "/" in source or "\\" in source or source.startswith(("~", ".")):
+        near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise BaseModelError(f"{source} does not exist{near}: give a model directory that does.")
+    raise BaseModelError(
+        f"{source!r} is no directory here and no known base{nearest(source, catalog.names())}; "
+        f"known: {listed(catalog.names())}; a hub name reads owner/name."
+    )
+
+
+def _open_gguf(file: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> Base:
+    model, tokenizer, info = load_gguf(file)
+    check_supported(model.config.to_dict(), file, trust_remote_code=False)
+    check_keys(info, file)
+    kind = dtype or torch.float32
+    for parameter in model.parameters():  # not model.to: it would round the rotary frequencies as well
+        parameter.data = parameter.data.to(kind)
+    model.config.dtype = kind
+    return _finish(model, tokenizer, name, file, device, file=file)
+
+
+def _open_directory(
+    directory: Path, name: str, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool
+) -> Base:
+    """Every check that needs no loading, then transformers' own loaders, then the weights' checks."""
+    import transformers
+
+    config = read_config(directory)
+    if not trust_remote_code:
+        settings = directory / "tokenizer_config.json"
+        refuse_code(
+            directory,
+            {"config.json": config} | ({settings.name: read_object(settings)} if settings.is_file() else {}),
+        )
+    check_supported(config, directory, trust_remote_code=trust_remote_code)
+    tensors = stored_tensors(directory)
+    chosen = dtype or _stored_dtype(tensors, directory)
+    tokenizer = _load_tokenizer(directory, trust_remote_code)
+    try:
+        with quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=chosen,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # they are reported in `info`, and refused below by name
+                output_loading_info=True,
+            )
+    except LOADING_ERRORS as error:
+        raise BaseModelError(f"transformers cannot load {directory}: {first_line(error)}") from error
+    check_keys(info, directory)
+    return _finish(model, tokenizer, name, directory, device, directory=directory)
+
+
+def _load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise BaseModelError(f"{directory} has no tokenizer (tokenizer.json): download it again, whole.")
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except LOADING_ERRORS as error:
+        raise BaseModelError(f"transformers cannot load the tokenizer of {directory}: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"{directory} has no fast tokenizer (tokenizer.json), which the masks need.")
+    return tokenizer
+
+
+def _finish(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    place: Path,
+    device: torch.device,
+    *,
+    directory: Path | None = None,
+    file: Path | None = None,
+) -> Base:
+    freeze(model)
+    model.to(device)
+    own_weights(model)
+    check_finite(model, place)
+    return Base(model, tokenizer, name, directory, file)
+
+
+def _stored_dtype(tensors: list[StoredTensor], directory: Path) -> torch.dtype:
+    """The dtype of the stored floating tensors, the widest if they differ; the config may say another."""
+    kinds = {tensor.dtype for tensor in tensors if tensor.dtype.startswith(("F", "BF"))}
+    unknown = sorted(kinds - set(_STORED))
+    if unknown or not kinds:
+        raise BaseModelError(
+            f"{directory} stores {listed(unknown) if unknown else 'no'} floating tensors: postil opens "
+            "float32, bfloat16 and float16."
+        )
+    if kinds == {"BF16", "F16"}:
+        return torch.float32
+    return max((_STORED[kind] for kind in kinds), key=lambda kind: kind.itemsize)

@@ -1,0 +1,148 @@
+"""Samples, and packs of whole samples within a token budget: which rows a step holds, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from postil import seeds
+from postil.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One training sequence.
+
+    ids: int32 [T].
+    weights: float32 [T]; weights[t] is the loss weight of predicting ids[t] from ids[:t]; weights[0] is 0.
+    row: its 1-based line or row in the file. truncated: whether its end was cut off.
+    """
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    row: int
+    truncated: bool = False
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens have loss."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """Whole samples end to end, never padded.
+
+    ids: int64 [T]. positions: int64 [T], from 0 in every sample. weights: float32 [T], as in Sample (so the
+    first token of every sample has 0). lengths: tokens per sample, which sum to T. rows: the samples' rows.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    lengths: tuple[int, ...]
+    weights: NDArray[np.float32]
+    rows: tuple[int, ...]
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens have loss."""
+        return int(np.count_nonzero(self.weights))
+
+
+def pack(samples: Sequence[Sample]) -> Pack:
+    """One pack of the samples, in their order; DataError for none."""
+    if not samples:
+        raise DataError("a pack needs at least one sample")
+    return Pack(
+        ids=np.concatenate([sample.ids for sample in samples]).astype(np.int64),
+        positions=np.concatenate([np.arange(len(sample.ids), dtype=np.int64) for sample in samples]),
+        lengths=tuple(len(sample.ids) for sample in samples),
+        weights=np.concatenate([sample.weights for sample in samples]).astype(np.float32),
+        rows=tuple(sample.row for sample in samples),
+    )
+
+
+def epoch_steps(
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    accumulation: int,
+    pack_tokens: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+) -> list[list[Pack]]:
+    """One epoch: one inner list is one optimiser step of `batch_size` samples (the last one what is left).
+
+    A step's samples are dealt into `accumulation` groups (fewer where there are fewer samples) of about equal
+    tokens, and each group into packs of at most `pack_tokens` tokens (a longer sample has a pack of its own).
+    Every sample comes exactly once. A pure function of its arguments. Raises RecipeError for numbers below 1.
+    """
+    for name, value in (
+        ("batch_size", batch_size),
+        ("accumulation", accumulation),
+        ("pack_tokens", pack_tokens),
+    ):
+        if value < 1:
+            raise RecipeError(f"{name} must be 1 or more, found {value}")
+    order = np.arange(len(samples))
+    if shuffle:
+        generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, "shuffle", epoch)))
+        order = generator.permutation(len(samples))
+    steps = []
+    for first in range(0, len(samples), batch_size):
+        batch = [samples[int(index)] for index in order[first : first + batch_size]]
+        groups = _balanced(batch, accumulation)
+        steps.append([pack(chosen) for group in groups for chosen in _first_fit(group, pack_tokens)])
+    return steps
+
+
+def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
+    return sorted(samples, key=lambda sample: -len(sample.ids))  # stable: equal lengths keep their order
+
+
+def _balanced(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """Longest first, each to the group with the fewest tokens (Graham 1969, LPT)."""
+    groups: list[list[Sample]] = [[] for _ in range(min(count, len(samples)))]
+    tokens = [0] * len(groups)
+    for sample in _longest_first(samples):
+        least = min(range(len(groups)), key=lambda index: (tokens[index], len(groups[index]), index))
+        groups[least].append(sample)
+        tokens[least] += len(sample.ids)
+    return groups
+
+
+def _first_fit(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """First-fit-decreasing bin packing (Johnson 1973): at most 11/9 of the fewest packs, plus one."""
+    bins: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in _longest_first(samples):
+        length = len(sample.ids)
+        place = next((index for index, free in enumerate(room) if free >= length), None)
+        if place is None:
+            bins.append([sample])
+            room.append(budget - length)
+        else:
+            bins[place].append(sample)
+            room[place] -= length
+    return bins
+
+
+def split_valid(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(train, valid): a seeded `share` of the rows held out, both in the given order.
+
+    Samples of one row stay together. At least one row is held out where share > 0 and there are two rows or
+    more, and at least one always stays. Raises RecipeError unless 0 <= share < 1.
+    """
+    if not 0 <= share < 1:
+        raise RecipeError(f"the share held out for validation must be from 0 to below 1, found {share}")
+    rows = sorted({sample.row for sample in samples})
+    wanted = max(1, round(share * len(rows))) if share > 0 else 0
+    generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, "valid")))
+    chosen = generator.permutation(len(rows))[: max(0, min(wanted, len(rows) - 1))]
+    held = {rows[int(index)] for index in chosen}
+    train = [sample for sample in samples if sample.row not in held]
+    return train, [sample for sample in samples if sample.row in held]

@@ -1,0 +1,131 @@
+"""Atomic writes: a temporary name in the same directory, fsync, rename; nothing half-written stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from postil.errors import StorageError
+
+_TEMPORARY = ".postil-tmp-"
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _fsync(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it becomes `path`, on any error it is removed.
+
+    Raises StorageError, naming `path`, when the system refuses (disk full, no permission).
+    """
+    target = Path(path)
+    temporary = _temporary_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise _storage_error(target, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """As atomic_file, for a directory: written beside, every file synced, then renamed to `path`.
+
+    An existing directory at `path` is moved aside first and removed after the rename, so that a reader
+    finds the old or the new one, whole.
+    """
+    target = Path(path)
+    temporary = _temporary_beside(target)
+    old: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for inner in sorted(temporary.rglob("*"), reverse=True):
+            _fsync(inner)
+        _fsync(temporary)
+        if target.exists():
+            old = _temporary_beside(target)
+            os.replace(target, old)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    except OSError as error:
+        _restore(old, target)
+        _remove(temporary)
+        raise _storage_error(target, error) from error
+    except BaseException:
+        _restore(old, target)
+        _remove(temporary)
+        raise
+    if old is not None:
+        _remove(old)
+
+
+def _restore(old: Path | None, target: Path) -> None:
+    if old is not None and not target.exists():
+        os.replace(old, target)
+
+
+def _storage_error(target: Path, error: OSError) -> StorageError:
+    reason = error.strerror or str(error)
+    return StorageError(
+        f"{target} could not be written ({reason}); nothing half-written was left. "
+        "Free some space or choose another directory, and run it again."
+    )
+
+
+def remove_leftovers(directory: str | Path) -> int:
+    """Remove what writers killed inside `directory` left under temporary names; returns how many."""
+    left = list(Path(directory).glob(f"{_TEMPORARY}*"))
+    for path in left:
+        _remove(path)
+    return len(left)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically, indented by 2, keys sorted, so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

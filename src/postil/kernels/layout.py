@@ -1,0 +1,123 @@
+"""What one forward pass knows about its flat row of tokens: spans (adapters) and segments (sequences)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from postil.errors import InternalError
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows `start`..`end` of the batch use the adapter in `slot`, its term multiplied by `scale`.
+
+    The adapter's own alpha/r lies in its bank; `scale` is the weight of a combination (1 alone).
+    `seed` names the dropout mask of these rows (only read where the slot has dropout).
+    """
+
+    start: int
+    end: int
+    slot: int
+    scale: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The spans of one forward pass. Rows in no span get the base alone; spans may overlap."""
+
+    items: tuple[Span, ...] = ()
+
+    @classmethod
+    def of(cls, items: Iterable[Span]) -> Spans:
+        """Spans without the empty ones."""
+        return cls(tuple(item for item in items if item.end > item.start))
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Spans:
+        """The spans of a batch made of the given rows (ascending) of this one."""
+        index = np.asarray(rows, dtype=np.int64)
+        return Spans.of(
+            replace(
+                item,
+                start=int(np.searchsorted(index, item.start, side="left")),
+                end=int(np.searchsorted(index, item.end, side="left")),
+            )
+            for item in self.items
+        )
+
+    def within(self, start: int, end: int) -> Spans:
+        """The spans of rows `start`..`end` alone, counted from `start`."""
+        return Spans.of(
+            replace(item, start=max(item.start, start) - start, end=min(item.end, end) - start) for item in self.items
+        )
+
+    def table(self, device: torch.device | str = "cpu") -> tuple[Int[torch.Tensor, "n 3"], Float[torch.Tensor, " n"]]:
+        """int32 [n, 3] (first row, end row, slot) and float32 scale [n]: what a device kernel reads."""
+        rows = [(item.start, item.end, item.slot) for item in self.items]
+        return (
+            torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3),
+            torch.tensor([item.scale for item in self.items], dtype=torch.float32, device=device),
+        )
+
+    def check(self, rows: int) -> None:
+        """Raise InternalError when a span lies outside a batch of `rows` rows."""
+        for item in self.items:
+            if not 0 <= item.start < item.end <= rows:
+                raise InternalError(f"span {item.start}..{item.end} does not fit a batch of {rows} rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries `q0`..`q1` see keys `k0`..`k1`, causally, the last query the last key.
+
+    `prefix` is an optional range of keys that every query of the segment sees (a shared prompt).
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    prefix: tuple[int, int] | None = None
+
+
+class KeyValueStore(Protocol):
+    """Where keys and values of earlier tokens lie; segments' key ranges are rows of what `extend` returns."""
+
+    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store this pass's keys and values [tokens, kv_heads, head_dim]; return all rows of the layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All that one forward pass over a flat batch needs beside its token ids and positions."""
+
+    segments: tuple[Segment, ...]
+    spans: Spans = field(default_factory=Spans)
+    store: KeyValueStore | None = None
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], spans: Spans | None = None) -> Layout:
+        """Whole sequences of the given lengths, one after another, each seeing itself alone."""
+        segments, start = [], 0
+        for length in lengths:
+            segments.append(Segment(start, start + length, start, start + length))
+            start += length
+        return cls(tuple(segments), spans or Spans())
+
+    @property
+    def tokens(self) -> int:
+        """The number of rows of the batch."""
+        return self.segments[-1].q1 if self.segments else 0
+
+
+def positions_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Int[torch.Tensor, " tokens"]:
+    """int64 positions that start again at 0 with every sequence."""
+    if not len(lengths):
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.cat([torch.arange(length, device=device) for length in lengths])

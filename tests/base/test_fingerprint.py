@@ -1,0 +1,159 @@
+"""Fingerprints: equal for the same base however stored, different for any other byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from postil.base import base_from_model, cache_directory, directory_source, live_digest, load_base
+from postil.base.fingerprint import live_source
+from postil.errors import BaseModelError
+
+Make = Callable[..., Path]
+
+
+def rewrite(directory: Path, **tensors: torch.Tensor) -> None:
+    path = directory / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(state | {name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
+
+
+def edit(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=7))
+
+
+def test_does_not_depend_on_sharding_layout_or_volatile_fields(make_directory: Make) -> None:
+    whole, sharded, other = make_directory("a"), make_directory("b", shard="20KB"), make_directory("c")
+    edit(other, transformers_version="9.9", _name_or_path="x", torch_dtype="float16", use_cache=False)
+    rewrite(other)
+    assert directory_source(whole) == directory_source(sharded) == directory_source(other)
+    assert directory_source(whole).startswith("sha256:")
+
+
+@pytest.mark.parametrize("change", ["byte", "name", "config", "dtype", "shape"])
+def test_any_change_gives_another_source(make_directory: Make, change: str) -> None:
+    directory = make_directory()
+    before = directory_source(directory)
+    path = directory / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    head = state["lm_head.weight"]
+    if change == "byte":
+        head.view(torch.uint8)[7, 3] ^= 1
+    elif change == "name":
+        state["lm_head.weigth"] = state.pop("lm_head.weight")
+    elif change == "dtype":
+        state["lm_head.weight"] = head.view(torch.int32)
+    elif change == "shape":
+        state["lm_head.weight"] = head.reshape(32, 259)
+    else:
+        edit(directory, rope_theta=5.0)
+    save_file(state, path)
+    assert directory_source(directory) != before
+
+
+def test_a_model_in_memory_has_the_source_of_what_it_saves(make_directory: Make) -> None:
+    for tied in (True, False):
+        directory = make_directory(f"tied-{tied}", tie_word_embeddings=tied)
+        model = LlamaForCausalLM.from_pretrained(directory)
+        assert live_source(model) == directory_source(directory)
+        model.config._name_or_path = ""
+        base = base_from_model(model)
+        assert base.directory is None
+        assert base.fingerprint() == load_base(directory).fingerprint()
+
+
+def test_quick_check_answers_from_the_cache_and_verify_hashes_anew(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from postil.base import fingerprint
+
+    path = directory / "model.safetensors"
+    before = directory_source(directory)
+    assert (cache_directory() / "fingerprints.json").is_file()
+    status = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "compute_source", lambda directory: pytest.fail("hashed again"))
+        assert directory_source(directory) == before
+    changed = directory_source(directory, verify=True)
+    assert changed != before
+    assert directory_source(directory) == changed
+    os.utime(path, ns=(0, 0))
+    assert directory_source(directory) == changed
+
+
+def test_a_spoilt_or_unwritable_cache_only_costs_time(directory: Path) -> None:
+    before = directory_source(directory)
+    (cache_directory() / "fingerprints.json").write_text("[1, ")
+    assert directory_source(directory) == before
+    (cache_directory() / "fingerprints.json").write_text('{"x": 3}')
+    assert directory_source(directory) == before
+
+
+def test_a_cache_that_cannot_be_written(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POSTIL_HOME", str(tmp_path / "file" / "inside"))
+    assert directory_source(directory).startswith("sha256:")
+
+
+def test_a_broken_directory_is_refused(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BaseModelError, match="truncated or corrupt"):
+        directory_source(directory)
+
+
+def test_forms(directory: Path) -> None:
+    assert load_base(directory).fingerprint().form == "fp32"
+    assert load_base(directory, dtype="float16").fingerprint().form == "fp16"
+    model = LlamaForCausalLM.from_pretrained(directory)
+    model.lm_head.to(torch.bfloat16)
+    assert base_from_model(model).fingerprint().form == "mixed"
+    assert str(load_base(directory).fingerprint()) == f"{directory_source(directory)} (fp32)"
+
+
+def test_the_form_is_that_at_loading(directory: Path) -> None:
+    base = load_base(directory, dtype="bfloat16")
+    base.model.register_parameter("note", torch.nn.Parameter(torch.ones(2)))
+    assert base.fingerprint().form == "bf16"
+
+
+def test_live_digest_sees_every_bit(directory: Path) -> None:
+    model = load_base(directory).model
+    before = live_digest(model)
+    assert before == live_digest(load_base(directory).model)
+    bits = model.model.layers[1].mlp.down_proj.weight.data.view(torch.int32)
+    bits[0, 0] ^= 1
+    assert live_digest(model) != before
+    bits[0, 0] ^= 1
+    assert live_digest(model) == before
+    model.model.rotary_emb.inv_freq[0] += 1  # a buffer that is never saved
+    assert live_digest(model) != before
+
+
+def test_live_digest_takes_tied_scalar_and_empty_tensors() -> None:
+    module = torch.nn.Module()
+    module.first = torch.nn.Linear(2, 2, bias=False)
+    module.second = torch.nn.Linear(2, 2, bias=False)
+    module.second.weight = module.first.weight
+    module.register_buffer("scalar", torch.tensor(True))
+    module.register_buffer("empty", torch.empty(0, 3, dtype=torch.bfloat16))
+    before = live_digest(module)
+    module.scalar.fill_(False)
+    assert live_digest(module) != before
+
+
+def test_weights_without_bytes_are_refused() -> None:
+    with pytest.raises(BaseModelError, match="meta device"):
+        live_digest(torch.nn.Linear(2, 2, device="meta"))

@@ -1,0 +1,166 @@
+"""Packs and steps: every row once, order pure in (seed, epoch), budgets kept, balanced groups, hold-out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postil.data import Pack, Sample, epoch_steps, pack, split_valid
+from postil.errors import DataError, RecipeError
+
+
+def make(lengths: list[int]) -> list[Sample]:
+    """Samples whose ids name row and position, with weight 0 at the first position."""
+    samples = []
+    for row, length in enumerate(lengths, start=1):
+        ids = np.arange(length, dtype=np.int32) + 1000 * row
+        weights = np.full(length, 0.5 if row % 2 else 1.0, dtype=np.float32)
+        weights[0] = 0
+        samples.append(Sample(ids, weights, row))
+    return samples
+
+
+def shape(steps: list[list[Pack]]) -> list[list[tuple[int, ...]]]:
+    return [[chosen.rows for chosen in step] for step in steps]
+
+
+_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
+_counts = st.integers(1, 9)
+
+
+def test_pack_holds_whole_samples_end_to_end() -> None:
+    got = pack(make([3, 1, 2]))
+    assert got.ids.tolist() == [1000, 1001, 1002, 2000, 3000, 3001]
+    assert got.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert got.weights.tolist() == [0, 0.5, 0.5, 0, 0, 0.5]
+    assert (got.lengths, got.rows, got.target_tokens) == ((3, 1, 2), (1, 2, 3), 3)
+    assert (got.ids.dtype, got.positions.dtype, got.weights.dtype) == (np.int64, np.int64, np.float32)
+    with pytest.raises(DataError, match="at least one sample"):
+        pack([])
+
+
+@given(_lengths, _counts, _counts, st.integers(1, 60), st.integers(0, 3), st.integers(0, 3), st.booleans())
+def test_an_epoch(
+    lengths: list[int], batch: int, accumulation: int, budget: int, seed: int, epoch: int, shuffle: bool
+) -> None:
+    samples = make(lengths)
+
+    def plan(seed: int, epoch: int) -> list[list[Pack]]:
+        return epoch_steps(
+            samples,
+            batch_size=batch,
+            accumulation=accumulation,
+            pack_tokens=budget,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
+
+    steps = plan(seed, epoch)
+    # every row exactly once, batch_size rows a step
+    sizes = [sum(len(chosen.rows) for chosen in step) for step in steps]
+    full, left = divmod(len(samples), batch)
+    assert sizes == [batch] * full + [left] * bool(left)
+    assert sorted(row for step in steps for chosen in step for row in chosen.rows) == list(range(1, len(samples) + 1))
+    for step, size in zip(steps, sizes, strict=True):
+        assert len(step) >= min(accumulation, size)
+        for chosen in step:
+            # budgets hold, and what a pack says of itself is so
+            assert len(chosen.ids) <= budget or len(chosen.rows) == 1
+            assert sum(chosen.lengths) == len(chosen.ids) == len(chosen.positions) == len(chosen.weights)
+            start = 0
+            for row, length in zip(chosen.rows, chosen.lengths, strict=True):
+                part = slice(start, start + length)
+                assert chosen.ids[part].tolist() == samples[row - 1].ids.tolist()
+                assert chosen.weights[part].tolist() == samples[row - 1].weights.tolist()
+                assert chosen.positions[part].tolist() == list(range(length))
+                start += length
+    # pure in (seed, epoch)
+    assert shape(steps) == shape(plan(seed, epoch))
+
+
+@given(_lengths, _counts, st.integers(1, 60))
+def test_accumulation_does_not_change_which_rows_a_step_holds(lengths: list[int], batch: int, budget: int) -> None:
+    def rows(accumulation: int) -> list[list[int]]:
+        steps = epoch_steps(
+            make(lengths),
+            batch_size=batch,
+            accumulation=accumulation,
+            pack_tokens=budget,
+            seed=1,
+            epoch=2,
+        )
+        return [sorted(row for chosen in step for row in chosen.rows) for step in steps]
+
+    assert rows(1) == rows(2) == rows(4)
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+        steps = epoch_steps(
+            make([3] * 30),
+            batch_size=1,
+            accumulation=1,
+            pack_tokens=8,
+            seed=seed,
+            epoch=epoch,
+            shuffle=shuffle,
+        )
+        return [row for step in steps for chosen in step for row in chosen.rows]
+
+    assert order(0, 0, False) == list(range(1, 31))
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert order(0, 0)[:5] == [29, 13, 7, 8, 24]  # the same on every machine and version
+
+
+def test_groups_are_balanced_and_packs_filled() -> None:
+    def packs(accumulation: int, budget: int) -> list[tuple[int, ...]]:
+        (step,) = epoch_steps(
+            make([7, 5, 4, 3, 3, 2]),
+            batch_size=6,
+            accumulation=accumulation,
+            pack_tokens=budget,
+            seed=0,
+            epoch=0,
+            shuffle=False,
+        )
+        return [chosen.lengths for chosen in step]
+
+    assert packs(1, 8) == [(7,), (5, 3), (4, 3), (2,)]
+    assert packs(2, 100) == [(7, 3, 2), (5, 4, 3)]
+    assert packs(9, 100) == [(7,), (5,), (4,), (3,), (3,), (2,)]
+    assert packs(1, 4) == [(7,), (5,), (4,), (3,), (3,), (2,)]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "accumulation", "pack_tokens"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    numbers = {"batch_size": 1, "accumulation": 1, "pack_tokens": 1, name: 0}
+    with pytest.raises(RecipeError, match=f"{name} must be 1 or more, found 0"):
+        epoch_steps(make([1]), **numbers, seed=0, epoch=0)
+
+
+@given(_lengths, st.floats(0, 0.99), st.integers(0, 5))
+def test_split_valid(lengths: list[int], share: float, seed: int) -> None:
+    samples = make(lengths)
+    samples += [Sample(sample.ids, sample.weights, sample.row) for sample in samples[::2]]  # rows in two pieces
+    train, valid = split_valid(samples, share, seed)
+    rows = len(lengths)
+    held = {sample.row for sample in valid}
+    assert held.isdisjoint(sample.row for sample in train)
+    assert [sample for sample in samples if sample.row in held] == valid
+    assert [sample for sample in samples if sample.row not in held] == train
+    wanted = 0 if share == 0 else min(max(1, round(share * rows)), rows - 1)
+    assert len(held) == wanted
+    again = split_valid(samples, share, seed)
+    assert [sample.row for sample in again[1]] == [sample.row for sample in valid]
+
+
+def test_split_valid_depends_on_the_seed_and_refuses_nonsense() -> None:
+    samples = make([2] * 40)
+    chosen = {tuple(sample.row for sample in split_valid(samples, 0.1, seed)[1]) for seed in range(5)}
+    assert len(chosen) > 1
+    for share in (-0.1, 1.0):
+        with pytest.raises(RecipeError, match="from 0 to below 1"):
+            split_valid(samples, share, 0)
