@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 __version__ = version("postil")
 
 __all__ = [
+    "AdaptedModel",
+    "Adapter",
     "AdapterError",
     "Base",
     "BaseModelError",
@@ -21,11 +23,18 @@ __all__ = [
     "RunError",
     "StorageError",
     "__version__",
+    "attach",
+    "detach",
+    "load_adapter",
     "load_base",
     "load_data",
+    "save_adapter",
+    "train",
 ]
 
 _HOME = {
+    "AdaptedModel": "postil.adapter",
+    "Adapter": "postil.adapter",
     "AdapterError": "postil.errors",
     "Base": "postil.base",
     "BaseModelError": "postil.errors",
@@ -37,12 +46,20 @@ _HOME = {
     "RequestError": "postil.errors",
     "RunError": "postil.errors",
     "StorageError": "postil.errors",
+    "attach": "postil.adapter.attach",
+    "detach": "postil.adapter.attach",
+    "load_adapter": "postil.adapter.peft_files",
     "load_base": "postil.base",
     "load_data": "postil.data",
+    "save_adapter": "postil.adapter.peft_files",
+    "train": "postil.training",
 }
 
 if TYPE_CHECKING:
+    from postil.adapter import AdaptedModel, Adapter
+    from postil.adapter.attach import attach, detach
     from postil.adapter.config import LoraConfig
+    from postil.adapter.peft_files import load_adapter, save_adapter
     from postil.base import Base, load_base
     from postil.data import load_data
     from postil.errors import (
@@ -56,6 +73,7 @@ if TYPE_CHECKING:
         RunError,
         StorageError,
     )
+    from postil.training import train
 else:
 
     def __getattr__(name: str) -> object:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from postil.cli import base_commands, data_commands
+from postil.cli import base_commands, data_commands, train_command
 from postil.errors import PostilError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(base_commands.app, name="base")
 app.add_typer(data_commands.app, name="data")
+app.command()(train_command.train)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ stands behind matmul / matmul_t, so it may be dense, 4-bit or streamed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,7 +49,9 @@ class AdapterSlot:
     scales: tuple[float, ...]
     biases: tuple[Float[torch.Tensor, " d_out"] | None, ...]
     dropout: float = 0.0
-    _casts: dict[tuple[int, torch.dtype], tuple[int, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _casts: dict[tuple[int, torch.dtype], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = field(
+        default_factory=dict, repr=False
+    )
 
     def ranges(self) -> list[tuple[int, int]]:
         """Per member, its rows of `a`."""
@@ -63,11 +66,13 @@ class AdapterSlot:
         """`tensor` in the compute dtype, cast once per version of its values."""
         if tensor.dtype == dtype:
             return tensor.detach()
+        if tensor.is_inference():  # counts no versions
+            return tensor.to(dtype)
         known = self._casts.get((id(tensor), dtype))
-        if known is None or known[0] != tensor._version:
-            known = (tensor._version, tensor.detach().to(dtype))
+        if known is None or known[0]() is not tensor or known[1] != tensor._version:  # an id may come again
+            known = (weakref.ref(tensor), tensor._version, tensor.detach().to(dtype))
             self._casts[(id(tensor), dtype)] = known
-        return known[1]
+        return known[2]
 
     def tensors(self) -> list[torch.Tensor | None]:
         """a, the b's, the biases: the order in which gradients come back."""

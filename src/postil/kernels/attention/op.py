@@ -30,6 +30,7 @@ def attention(
     softcap·tanh(score/softcap) (Gemma 2). sinks: one extra logit per head that takes weight and gives no value.
     Segments cover the queries in order. No mask larger than [queries of a block, keys it can see] is made.
     """
+    segments = [segment for segment in segments if segment.q1 > segment.q0]
     plain = softcap is None and sinks is None and all(segment.prefix is None for segment in segments)
     if plain and len(segments) > 1 and all(segment.q1 - segment.q0 == 1 for segment in segments):
         return _decode(q, k, v, segments, scale, window)

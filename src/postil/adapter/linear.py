@@ -1,0 +1,171 @@
+"""How adapters sit on a model's modules: each module's own forward is stood in for, its parameters untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from postil.adapter.bank import EmbeddingSlot
+from postil.kernels.adapted_linear import Group, adapted_linear
+from postil.kernels.layout import Spans
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+SpansOf = Callable[[int], Spans]  # number of rows → the spans in force
+
+
+@dataclass(slots=True)
+class DenseProjection:
+    """A frozen nn.Linear (weight [d_out, d_in]) or Conv1D (weight [d_in, d_out]), read at every call."""
+
+    module: nn.Module
+    conv1d: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self.module.bias
+        return bias if isinstance(bias, torch.Tensor) else None
+
+    @property
+    def d_out(self) -> int:
+        return int(self.weight.shape[1 if self.conv1d else 0])
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight.T if self.conv1d else self.weight, self.bias)
+
+    def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
+        """g W."""
+        return g @ (self.weight.T if self.conv1d else self.weight)
+
+
+@dataclass(slots=True)
+class SharedInput:
+    """The projections of one group as transformers calls them, one after another with the same x.
+
+    The first call computes all members, the others take their part; another x (or a changed one) is computed
+    anew, so the result is always that of the given x.
+    """
+
+    group: Group
+    paths: tuple[str, ...]
+    spans_of: SpansOf
+    _x: torch.Tensor | None = None
+    _state: tuple[int, bool, Spans | None] = (0, False, None)
+    _parts: list[torch.Tensor | None] = field(default_factory=list)
+
+    def forward(self, member: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of one member for x [..., d_in]."""
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        spans = self.spans_of(rows)
+        if not any(item.slot in self.group.slots for item in spans.items):
+            return self.group.members[member].matmul(x)
+        state = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), spans)
+        known = self._parts[member] if x is self._x and state == self._state and self._parts else None
+        if known is None:
+            self._x, self._state = x, state
+            self._parts = list(adapted_linear(x.reshape(rows, x.shape[-1]), self.group, spans))
+            known = self._parts[member]
+        assert known is not None
+        self._parts[member] = None
+        if not any(part is not None for part in self._parts):
+            self.forget()
+        return known.view(*x.shape[:-1], known.shape[-1])
+
+    def forget(self) -> None:
+        """Let go of x and of outputs that nobody asked for."""
+        self._x, self._parts = None, []
+
+
+@dataclass(slots=True)
+class AdaptedEmbedding:
+    """An embedding and its adapters: y = E[ids] + s·e·(A^T[ids]) B^T, e the embedding's own scale (Gemma)."""
+
+    module: nn.Module
+    original: Callable[..., torch.Tensor]
+    spans_of: SpansOf
+    slots: dict[int, EmbeddingSlot] = field(default_factory=dict)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [..., dim] of token ids [...]."""
+        y = self.original(ids)
+        flat_ids, flat = ids.reshape(-1), y.reshape(-1, y.shape[-1])
+        own = getattr(self.module, "embed_scale", None)
+        for span in self.spans_of(flat_ids.shape[0]).items:
+            slot = self.slots.get(span.slot)
+            if slot is None:
+                continue
+            h = F.embedding(flat_ids[span.start : span.end], slot.a.T)  # [rows, rank]
+            term = (h @ slot.b.T) * (slot.scale * span.scale)
+            if own is not None:
+                term = term * own
+            rows = flat[span.start : span.end] + term.to(flat.dtype)
+            flat = torch.cat([flat[: span.start], rows, flat[span.end :]])
+        return flat.view(y.shape)
+
+
+@dataclass(slots=True)
+class ReplacedModule:
+    """A module whose parameters an adapter replaces whole on its rows (modules_to_save, biases).
+
+    own: the module's forward from before `attach`; original: the one that other adapters may stand in.
+    """
+
+    module: nn.Module
+    own: Callable[..., torch.Tensor]
+    original: Callable[..., torch.Tensor]
+    spans_of: SpansOf
+    slots: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    _inside: bool = False
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's output, each span's rows from that adapter's own parameters."""
+        if self._inside:
+            return self.own(x, *args, **kwargs)
+        ids = isinstance(self.module, nn.Embedding)
+        flat = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
+        spans = [item for item in self.spans_of(flat.shape[0]).items if item.slot in self.slots]
+        if len(spans) == 1 and (spans[0].start, spans[0].end) == (0, flat.shape[0]):
+            return self._with(self.slots[spans[0].slot], x, *args, **kwargs)
+        y = self.original(x, *args, **kwargs)
+        if not spans:
+            return y
+        out = y.reshape(flat.shape[0], y.shape[-1])
+        for span in spans:
+            rows = self._with(self.slots[span.slot], flat[span.start : span.end], *args, **kwargs)
+            out = torch.cat([out[: span.start], rows, out[span.end :]])
+        return out.view(y.shape)
+
+    def _with(self, parameters: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        own = dict(self.module.named_parameters())
+        cast = {key: value.to(own[key].dtype) for key, value in parameters.items()}
+        self._inside = True
+        try:
+            result: torch.Tensor = torch.func.functional_call(self.module, cast, args, kwargs)
+        finally:
+            self._inside = False
+        return result
+
+
+def groups_of(model: nn.Module, path: str) -> tuple[str, ...]:
+    """The paths of all projections that share their input with the linear module at `path`, itself included."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    for names in SIBLINGS:
+        if name not in names:
+            continue
+        modules = [parent._modules.get(other) for other in names]
+        linears = [module for module in modules if isinstance(module, nn.Linear)]
+        if len(linears) == len(names) and len({module.in_features for module in linears}) == 1:
+            return tuple(f"{parent_path}.{other}" for other in names)
+    return (path,)

@@ -1,0 +1,266 @@
+"""Merging: W + s·B·A written into the base's modules and taken out again exactly, or exported as a plain model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from postil.adapter.adapter import Adapter
+from postil.adapter.attach import attach, check_base, detach
+from postil.adapter.bank import Resident
+from postil.adapter.model import AdaptedModel
+from postil.base import Base
+from postil.errors import AdapterError, StorageError, listed
+from postil.files import atomic_directory, write_json
+
+# The largest difference of a logit that rounding W + s·B·A to the base's dtype may make, by that dtype.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+PROBE = "The margin of an old book often holds more than its text: a date, a doubt, 3 + 4 = 7, and a name."
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far merging moved the logits on a probe: largest and mean absolute difference, over `tokens` tokens."""
+
+    max_logit: float
+    mean_logit: float
+    tokens: int
+
+
+@torch.no_grad()
+def merge(
+    model: AdaptedModel,
+    names: str | Mapping[str, float],
+    *,
+    probe_ids: torch.Tensor | None = None,
+    bound: float | None = None,
+) -> Drift:
+    """Write resident adapters into the base: one name, or a weighted combination {name: weight}.
+
+    Every changed weight becomes a new frozen parameter, W + s·B·A computed in float32 and rounded once to W's
+    dtype; the original parameters are kept aside for `unmerge`, and a tied head is untied by itself. Until then
+    no adapter is active. probe_ids: int64 [tokens] or [1, tokens], the text that the drift is measured on
+    (default: a fixed English line). bound: on the largest difference of a logit; by default 1e-3 for a float32
+    base, 0.5 for bfloat16, 0.1 for float16. Raises AdapterError when the drift is above it; the base is then as
+    before.
+    """
+    _idle(model)
+    weights = _weights(model, names)
+    ids = _probe_ids(model.base) if probe_ids is None else probe_ids.reshape(1, -1).to(model.base.device)
+    limit = BOUNDS.get(model.base.dtype, BOUNDS[torch.bfloat16]) if bound is None else bound
+    before = model.active
+    model.active = weights
+    try:
+        wanted = _logits(model, ids)
+        for key, tensor in merged_tensors(model, weights).items():
+            path, _, name = key.rpartition(".")
+            module = model.model.get_submodule(path)
+            original = module._parameters[name]
+            assert original is not None
+            new = nn.Parameter(tensor.to(original.dtype), requires_grad=False)
+            module._parameters[name] = new
+            model.merged[key] = (original, new)
+        model.active, model.active_before_merge = {}, before
+        difference = (_logits(model, ids) - wanted).abs()
+    except BaseException:
+        _put_back(model)
+        model.active = before
+        raise
+    drift = Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
+    if not drift.max_logit <= limit:
+        unmerge(model)
+        raise AdapterError(
+            f"merging {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, on "
+            f"{drift.tokens} tokens), above the bound of {limit:g}; it was undone: load the base in a wider dtype, "
+            "or pass a higher bound"
+        )
+    return drift
+
+
+def unmerge(model: AdaptedModel) -> None:
+    """Put the base's own parameters back, the very same objects; the adapters active before are active again.
+
+    Raises AdapterError when nothing is merged.
+    """
+    if not model.merged:
+        raise AdapterError("no adapter is merged into the base; there is nothing to unmerge")
+    _put_back(model)
+    model.active = {name: w for name, w in model.active_before_merge.items() if name in model.residents}
+    model.active_before_merge = {}
+
+
+def export_merged(
+    target: AdaptedModel | Base | PreTrainedModel,
+    adapter: str | Mapping[str, float] | Adapter,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write base and adapter as one plain model directory, which transformers loads without postil.
+
+    target, adapter: an AdaptedModel with the name (or {name: weight}) of its residents; or an Adapter and what it
+    belongs on. dtype: of the written weights (default: each weight's own); W + s·B·A is computed in float32 and
+    rounded once. A head that no longer equals the embedding is written apart, `tie_word_embeddings` false. The
+    model in memory is not changed. Raises AdapterError, StorageError (nothing half-written is left).
+    """
+    with _resident(target, adapter) as (model, names):
+        _idle(model)
+        merged = merged_tensors(model, _weights(model, names))
+        state = {key: value for key, value in model.model.state_dict().items() if key not in merged}
+        for key, tensor in merged.items():
+            state[key] = tensor.to(dtype or model.model.get_parameter(key).dtype)
+        if dtype is not None:
+            state = _cast(state, dtype)
+        _write(model, state, Path(directory), dtype, untied=_unties(model.model, set(merged)))
+    return Path(directory)
+
+
+@torch.no_grad()
+def merged_tensors(model: AdaptedModel, weights: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Parameter path → its merged value in float32, for every parameter that these adapters change."""
+    out: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        for key, change in _changes(model, model.resident(name)):
+            if key not in out:
+                out[key] = model.model.get_parameter(key).float().clone()
+            out[key] += weight * change
+        for path, parameters in model.resident(name).saved.items():
+            out |= {f"{path}.{key}": value.float().clone() for key, value in parameters.items()}
+    return out
+
+
+def _changes(model: AdaptedModel, resident: Resident) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameter path → s·B·A in the parameter's own orientation, and the shift of each adapted bias."""
+    keys = resident.keys
+    for target in resident.targets:
+        path = target.path
+        if target.kind == "embedding":
+            a, b = keys[f"{path}.lora_embedding_A"], keys[f"{path}.lora_embedding_B"]
+        else:
+            a, b = keys[f"{path}.lora_A.weight"], keys[f"{path}.lora_B.weight"]
+        change = target.scale * (b @ a)  # [d_out, d_in]
+        yield f"{path}.weight", change if target.kind == "linear" else change.T
+        if f"{path}.bias" in keys and path not in resident.saved:
+            yield f"{path}.bias", keys[f"{path}.bias"] - model.model.get_parameter(f"{path}.bias").float()
+
+
+def _idle(model: AdaptedModel) -> None:
+    if model.merged:
+        raise AdapterError("an adapter is merged into the base already; unmerge it first")
+    if model.layout is not None:
+        raise AdapterError("the model is running; merge afterwards")
+
+
+def _weights(model: AdaptedModel, names: str | Mapping[str, float]) -> dict[str, float]:
+    """The adapters and weights meant, checked as `activate` checks them."""
+    weights = {names: 1.0} if isinstance(names, str) else dict(names)
+    model.check_combination(weights)
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise AdapterError("no adapter to merge: give a name, or names with weights that are not all 0")
+    return weights
+
+
+def _put_back(model: AdaptedModel) -> None:
+    for key, (original, _) in model.merged.items():
+        path, _, name = key.rpartition(".")
+        model.model.get_submodule(path)._parameters[name] = original
+    model.merged.clear()
+
+
+def _probe_ids(base: Base) -> torch.Tensor:
+    if base.tokenizer is not None:
+        ids = list(base.tokenizer(PROBE)["input_ids"])
+    else:
+        rows = int(base.model.get_input_embeddings().weight.shape[0])
+        ids = [(n * 7 + 3) % min(rows, 997) for n in range(PROBE_TOKENS)]
+    return torch.tensor([ids[: base.context or len(ids)]], device=base.device)
+
+
+def _logits(model: AdaptedModel, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model.model(input_ids=ids, use_cache=False).logits
+    return logits[0].float()
+
+
+@contextmanager
+def _resident(
+    target: AdaptedModel | Base | PreTrainedModel, adapter: str | Mapping[str, float] | Adapter
+) -> Iterator[tuple[AdaptedModel, str | Mapping[str, float]]]:
+    """The AdaptedModel and the names meant; what was attached for it is taken off again."""
+    if isinstance(target, AdaptedModel):
+        if not isinstance(adapter, Adapter):
+            yield target, adapter
+            return
+        check_base(adapter, target.base)
+        name = "export"
+        while name in target.residents:
+            name += "-1"
+        target.add(name, adapter)
+        try:
+            yield target, name
+        finally:
+            target.remove(name)
+        return
+    if not isinstance(adapter, Adapter):
+        raise AdapterError("a base alone has no adapter by name; give an Adapter, or the AdaptedModel it is on")
+    model = attach(target, adapter, name="export")
+    try:
+        yield model, "export"
+    finally:
+        detach(model)
+
+
+def _unties(model: PreTrainedModel, changed: set[str]) -> bool:
+    """Whether the changed parameters leave tied names with different values."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    twins = {key for key in changed for other in own if other != key and own[other] is own[key]}
+    return bool(twins)
+
+
+def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating tensors in `dtype`; names that share a tensor still share it."""
+    done: dict[int, torch.Tensor] = {}
+    out = {}
+    for key, value in state.items():
+        if value.is_floating_point():
+            value = done.setdefault(value.data_ptr(), value.to(dtype))
+        out[key] = value
+    return out
+
+
+def _write(
+    model: AdaptedModel, state: dict[str, torch.Tensor], directory: Path, dtype: torch.dtype | None, *, untied: bool
+) -> None:
+    config, text = model.model.config, model.model.config.get_text_config()
+    before = [(c, getattr(c, "tie_word_embeddings", None), c.dtype, c.architectures) for c in (config, text)]
+    try:
+        if untied:
+            config.tie_word_embeddings = text.tie_word_embeddings = False
+        with atomic_directory(directory) as temporary:
+            model.model.save_pretrained(temporary, state_dict=state)
+            if model.base.tokenizer is not None:
+                model.base.tokenizer.save_pretrained(temporary)
+            if dtype is not None:
+                written = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+                write_json(temporary / "config.json", written | {"dtype": str(dtype).removeprefix("torch.")})
+            for file in temporary.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for the owner alone
+    except SafetensorError as error:
+        raise StorageError(
+            f"{directory} could not be written ({error}); nothing half-written was left. "
+            "Free some space or choose another directory, and run it again."
+        ) from error
+    finally:
+        for c, tied, kind, architectures in before:
+            if untied and tied is not None:
+                c.tie_word_embeddings = tied
+            c.dtype, c.architectures = kind, architectures

@@ -1,0 +1,399 @@
+"""AdaptedModel: a frozen base with its resident adapters, and the one way to run it over a flat batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from postil.adapter.adapter import Adapter
+from postil.adapter.bank import Resident, fill, initialise, make_resident
+from postil.adapter.config import LoraConfig
+from postil.adapter.layers import (
+    OWNER,
+    attention_modules,
+    length_dependent_rotaries,
+    our_attention,
+    per_sequence_rotary,
+    wrapped_layer,
+)
+from postil.adapter.linear import AdaptedEmbedding, DenseProjection, ReplacedModule, SharedInput, groups_of
+from postil.adapter.targets import (
+    Coverage,
+    Target,
+    coverage_of,
+    decoder_layers,
+    find_targets,
+    kind_of,
+    output_head,
+    saved_paths,
+)
+from postil.base import Base
+from postil.errors import AdapterError, InternalError, listed, nearest
+from postil.kernels.adapted_linear import Group
+from postil.kernels.layout import Layout, Segment, Span, Spans
+from postil.kernels.loss import cross_entropy
+
+
+class AdaptedModel:
+    """A base and the adapters stuck on it. Made by `attach`, undone by `detach`.
+
+    Inside `using(layout)` the model runs over a flat batch with the layout's spans; outside it, a plain
+    forward call of the transformers model uses the active adapters on every row.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.model: PreTrainedModel = base.model
+        self.head = output_head(self.model)
+        self.residents: dict[str, Resident] = {}
+        self.active: dict[str, float] = {}
+        self.layout: Layout | None = None
+        self.spans_now: Spans | None = None
+        self.checkpointing = False
+        self.packs = True
+        self.attention_calls = 0
+        self.merged: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.active_before_merge: dict[str, float] = {}
+        self._shared: dict[str, SharedInput] = {}
+        self._group_of: dict[str, str] = {}
+        self._embeddings: dict[str, AdaptedEmbedding] = {}
+        self._replaced: dict[str, ReplacedModule] = {}
+        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._attention = attention_modules(self.model)
+        for module in self._attention:
+            module.__dict__[OWNER] = self
+        for layer in decoder_layers(self.model)[1]:
+            self._stand_in(layer, wrapped_layer(self, layer.forward))
+        for rotary in length_dependent_rotaries(self.model):
+            self._stand_in(rotary, per_sequence_rotary(self, rotary, rotary.forward))
+
+    # -- modules ------------------------------------------------------------------------------------------
+
+    def _stand_in(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._forwards.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    def _stand_within(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """As `_stand_in`, but a replacement of the whole module stays outermost."""
+        if path in self._replaced:
+            self._replaced[path].original = forward
+        else:
+            self._stand_in(module, forward)
+
+    def _own_forward(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's forward from before `attach`."""
+        for other, before in self._forwards:
+            if other is module:
+                return before or partial(type(module).forward, module)
+        return module.forward
+
+    def take_off(self) -> None:
+        """Give every module its own forward back; the base is as it was before `attach`."""
+        for module, before in reversed(self._forwards):
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+        for module in self._attention:
+            module.__dict__.pop(OWNER, None)
+        self._forwards.clear()
+        self._shared.clear()
+        self._embeddings.clear()
+        self._replaced.clear()
+        self.residents.clear()
+        self.active.clear()
+
+    def _wire_groups(self, targets: Sequence[Target]) -> dict[str, tuple[str, ...]]:
+        """Make the groups that the targets lie in, once each; returns group name → member paths."""
+        grouping: dict[str, tuple[str, ...]] = {}
+        for target in targets:
+            if target.kind == "embedding":
+                if target.path not in self._embeddings:
+                    module = self.model.get_submodule(target.path)
+                    replaced = self._replaced.get(target.path)
+                    inner = replaced.own if replaced else module.forward
+                    adapted = AdaptedEmbedding(module, inner, self.spans_of)
+                    self._embeddings[target.path] = adapted
+                    self._stand_within(target.path, module, adapted.forward)
+                continue
+            if target.path not in self._group_of:
+                paths = groups_of(self.model, target.path)
+                name = "+".join([paths[0], *(path.rsplit(".", 1)[-1] for path in paths[1:])])
+                modules = [self.model.get_submodule(path) for path in paths]
+                members = [DenseProjection(module, kind_of(module) == "conv1d") for module in modules]
+                shared = SharedInput(Group(name, members), paths, self.spans_of)
+                self._shared[name] = shared
+                for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
+                    self._group_of[path] = name
+                    self._stand_within(path, module, partial(shared.forward, index))
+            name = self._group_of[target.path]
+            grouping[name] = self._shared[name].paths
+        return grouping
+
+    def _replaced_parameters(
+        self, config: LoraConfig, targets: Sequence[Target]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Module path → the base's parameters that an adapter of this configuration replaces whole."""
+        out: dict[str, dict[str, torch.Tensor]] = {}
+        saved = saved_paths(self.model, config)
+        for path in saved:
+            out[path] = dict(self.model.get_submodule(path).named_parameters())
+        adapted = {target.path for target in targets}
+        if config.bias != "none":
+            for path, module in self.model.named_modules():
+                bias = module._parameters.get("bias")
+                inside = any(path == other or path.startswith(other + ".") for other in saved)
+                if bias is not None and not inside and (config.bias == "all" or path in adapted):
+                    out[path] = {"bias": bias}
+        return out
+
+    # -- adapters -----------------------------------------------------------------------------------------
+
+    def add(self, name: str, source: LoraConfig | Adapter, *, seed: int = 0) -> Resident:
+        """Make an adapter resident: a fresh one from a LoraConfig, or a loaded one. Raises AdapterError."""
+        if name in self.residents:
+            raise AdapterError(f"an adapter {name!r} is already attached; remove it first or choose another name")
+        if self.merged:
+            raise AdapterError("an adapter is merged into the base; unmerge it before attaching another")
+        config = source.config if isinstance(source, Adapter) else source
+        targets = find_targets(self.model, config)
+        replaced = self._replaced_parameters(config, targets)
+        grouping = self._wire_groups(targets)
+        slot = next(n for n in range(len(self.residents) + 1) if n not in self._slots())
+        resident = make_resident(name, slot, config, targets, grouping, replaced, self.base.device)
+        if isinstance(source, Adapter):
+            fill(resident, source.tensors, spare=self._base_copies(source.tensors))
+        else:
+            initialise(resident, replaced, seed)
+        for path in resident.saved:
+            if path not in self._replaced:
+                module = self.model.get_submodule(path)
+                own = self._own_forward(module)
+                stand = ReplacedModule(module, own, module.forward, self.spans_of)
+                self._replaced[path] = stand
+                self._stand_in(module, stand.forward)
+        for group, adapter_slot in resident.groups.items():
+            self._shared[group].group.slots[slot] = adapter_slot
+        for path, embedding in resident.embeddings.items():
+            self._embeddings[path].slots[slot] = embedding
+        for path, parameters in resident.saved.items():
+            self._replaced[path].slots[slot] = parameters
+        self.residents[name] = resident
+        return resident
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter: its slot and its memory are free at once."""
+        resident = self.resident(name)
+        for group in resident.groups:
+            del self._shared[group].group.slots[resident.slot]
+        for path in resident.embeddings:
+            del self._embeddings[path].slots[resident.slot]
+        for path in resident.saved:
+            del self._replaced[path].slots[resident.slot]
+        for shared in self._shared.values():
+            shared.forget()
+        del self.residents[name]
+        self.active.pop(name, None)
+
+    def resident(self, name: str) -> Resident:
+        """The resident adapter of that name. Raises AdapterError with the nearest name."""
+        if name not in self.residents:
+            raise AdapterError(
+                f"no adapter {name!r} is attached{nearest(name, self.residents)}; attached: {listed(self.residents)}"
+            )
+        return self.residents[name]
+
+    def _slots(self) -> set[int]:
+        return {resident.slot for resident in self.residents.values()}
+
+    def _base_copies(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Keys that merely repeat a parameter of the base (PEFT saves whole embeddings beside an adapter)."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return [
+            key
+            for key, tensor in tensors.items()
+            if key in own
+            and own[key].shape == tensor.shape
+            and torch.equal(own[key].cpu(), tensor.to(own[key].dtype))
+        ]
+
+    def activate(self, *names: str, **weights: float) -> None:
+        """Choose the adapters of plain forward calls: one, none, or a weighted combination (name=weight)."""
+        chosen = dict.fromkeys(names, 1.0) | weights
+        if chosen and self.merged:
+            raise AdapterError("an adapter is merged into the base; unmerge it before activating one")
+        self.check_combination(chosen)
+        self.active = chosen
+
+    def check_combination(self, weights: Mapping[str, float]) -> None:
+        """Raise AdapterError when a name is unknown or the adapters cannot be active together."""
+        whole = [name for name in weights if self.resident(name).saved]
+        if len(weights) > 1 and whole:
+            raise AdapterError(f"{listed(whole)} replaces whole modules and cannot be combined with others")
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare base within this block. Raises AdapterError while an adapter is merged into it."""
+        if self.merged:
+            raise AdapterError("an adapter is merged into the base; unmerge it to run the bare base")
+        before, self.active = self.active, {}
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def export(self, name: str) -> Adapter:
+        """A copy of a resident adapter as plain data (float32, on the CPU)."""
+        resident = self.resident(name)
+        fingerprint = self.base.fingerprint()
+        conv1d = any(target.kind == "conv1d" for target in resident.targets)
+        return Adapter(
+            config=resident.config,
+            tensors={key: view.detach().cpu().clone() for key, view in resident.keys.items()},
+            base={"source": fingerprint.source, "form": fingerprint.form},
+            base_name=self.base.source,
+            card={"fan_in_fan_out": True} if conv1d else {},
+        )
+
+    def coverage(self, name: str) -> Coverage:
+        """What an adapter touches."""
+        resident = self.resident(name)
+        return coverage_of(self.model, resident.targets, resident.parameters)
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def spans_of(self, rows: int) -> Spans:
+        """The spans in force for a module that is given `rows` rows."""
+        if self.spans_now is not None:
+            return self.spans_now
+        if self.layout is not None:
+            return self.layout.spans
+        return self.spans_for(self.active, rows)
+
+    def spans_for(self, weights: Mapping[str, float], end: int, start: int = 0, seed: int = 0) -> Spans:
+        """Rows start..end with the named adapters at these weights."""
+        return Spans.of(
+            Span(start, end, self.resident(name).slot, scale, seed) for name, scale in weights.items() if scale
+        )
+
+    @contextmanager
+    def using(self, layout: Layout) -> Iterator[None]:
+        """Run over a flat batch with this layout; does not nest."""
+        if self.layout is not None:
+            raise InternalError("a Layout is in force already; they do not nest")
+        if layout.spans.items and self.merged:
+            raise AdapterError("an adapter is merged into the base; unmerge it before answering with adapters")
+        with self.again(layout, None):
+            yield
+
+    @contextmanager
+    def again(self, layout: Layout, spans: Spans | None) -> Iterator[None]:
+        """The state of an earlier forward pass, for its recomputation."""
+        before = self.layout, self.spans_now
+        self.layout, self.spans_now = layout, spans
+        try:
+            if self.packs:
+                with our_attention(self._attention):
+                    yield
+            else:
+                yield
+        finally:
+            self.layout, self.spans_now = before
+            for shared in self._shared.values():
+                shared.forget()
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [tokens, dim] of a flat batch (ids, positions: int64 [tokens]), inside `using`."""
+        if self.layout is None:
+            raise InternalError("hidden() needs a Layout in force")
+        decoder = self.model.get_decoder()
+        if self.packs:
+            out = decoder(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=None,
+                past_key_values=None,
+                use_cache=False,
+            )
+            states: torch.Tensor = out.last_hidden_state[0]
+            return states
+        if self.layout.store is not None:
+            raise InternalError("this architecture keeps no packed key-value store")
+        parts = []
+        for segment in self.layout.segments:
+            spans = self.layout.spans.within(segment.q0, segment.q1)
+            layout = Layout((Segment(0, segment.q1 - segment.q0, 0, segment.q1 - segment.q0),), spans)
+            with self.again(layout, None):
+                parts.append(
+                    decoder(input_ids=ids[None, segment.q0 : segment.q1], use_cache=False).last_hidden_state[0]
+                )
+        return torch.cat(parts)
+
+    def logits(self, hidden: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """Logits [rows, vocabulary] of hidden states, the head's own scale and soft cap applied."""
+        layout = self.layout
+        if layout is None:
+            raise InternalError("logits() needs a Layout in force")
+        before, self.spans_now = self.spans_now, spans
+        try:
+            logits: torch.Tensor = self.head(hidden)
+        finally:
+            self.spans_now = before
+        return _scaled(logits, self.model.config.get_text_config())
+
+    def loss(
+        self, ids: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum of weight·nll, nll per target, rows of the targets) of a pack, inside `using`.
+
+        weights: float32 [tokens], the loss weight of predicting each token from those before it.
+        """
+        targets = torch.nonzero(weights, as_tuple=True)[0]
+        hidden = self.hidden(ids, positions)
+        rows = targets - 1  # the state before a token predicts it
+        assert self.layout is not None
+        spans = self.layout.spans.take(rows.cpu().numpy())
+
+        def head(chunk: torch.Tensor, start: int, end: int) -> torch.Tensor:
+            return self.logits(chunk, spans.within(start, end))
+
+        total, nll = cross_entropy(
+            hidden.index_select(0, rows), ids[targets], weights[targets], head, self._head_parameters()
+        )
+        return total, nll, targets
+
+    def _head_parameters(self) -> list[torch.Tensor]:
+        """The tensors behind the head that want a gradient."""
+        found: list[torch.Tensor] = [p for p in self.head.parameters() if p.requires_grad]
+        path = next((path for path, module in self.model.named_modules() if module is self.head), None)
+        for resident in self.residents.values():
+            group = resident.groups.get(self._group_of.get(path or "", ""))
+            if group is not None:
+                found += [tensor for tensor in group.tensors() if tensor is not None and tensor.requires_grad]
+            found += [t for t in resident.saved.get(path or "", {}).values() if t.requires_grad]
+        return found
+
+
+def _scaled(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Cohere's logit_scale, Granite's logits_scaling, Gemma's final soft cap."""
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divide = getattr(config, "logits_scaling", None)
+    if divide is not None:
+        logits = logits / divide
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def reseeded(spans: Spans, seed: int) -> Spans:
+    """The same spans with another dropout seed."""
+    return Spans(tuple(replace(item, seed=seed) for item in spans.items))

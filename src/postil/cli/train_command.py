@@ -1,0 +1,100 @@
+"""postil train: a recipe or a few flags in, an adapter in PEFT's format out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from postil import console
+
+if TYPE_CHECKING:
+    from postil.training import Job, Outcome
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags below override it.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="Model directory, known base, hub name, GGUF.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Training rows: JSONL, Parquet or a hub name.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's directory.")] = None,
+    valid: Annotated[str | None, typer.Option(help="Held-out rows (else a seeded 5%).")] = None,
+    method: Annotated[str | None, typer.Option(help="lora or full.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="The peak.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    from_adapter: Annotated[str | None, typer.Option(help="Continue from an adapter's values.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, e.g. lora.r=16.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+) -> None:
+    """Train an adapter beside a frozen base (or, with --method full, the whole base).
+
+    A run that was stopped or killed goes on when the same command is given again.
+    Example: postil train --base smollm2-135m-instruct --data train.jsonl --out runs/support
+    """
+    from postil.training import Recipe, prepare, read_recipe, with_settings
+
+    values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
+    flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out)}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    inner = {"method": method, "learning_rate": learning_rate, "epochs": epochs}
+    values["training"] = dict(values.get("training") or {}) | {k: v for k, v in inner.items() if v is not None}
+    values.setdefault("out", f"runs/{Path(str(values.get('data', 'run'))).name.split('.')[0]}")
+    plan = Recipe.parse(with_settings(values, set_ or []))
+    job = prepare(plan)
+    _tell(job)
+    if dry_run:
+        return
+    outcome = _with_progress(job)
+    _finish(job, outcome)
+
+
+def _tell(job: Job) -> None:
+    options = job.recipe.training
+    for line in job.dataset.report.lines():
+        console.note(line)
+    if options.method == "lora":
+        for line in job.model.coverage("default").lines():
+            console.note(line)
+    console.note(
+        f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up {options.warmup}, batch of "
+        f"{options.batch_size} rows, {options.steps or f'{options.epochs} epoch(s)'}; "
+        f"{len(job.training)} rows learned, "
+        f"{len(job.valid)} held out; base in {job.base.dtype} on {job.base.device}"
+    )
+
+
+def _with_progress(job: Job) -> Outcome:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console.err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def watch(event: dict[str, Any]) -> None:
+            rate = event["tokens"] / max(event["seconds"], 1e-9)
+            text = f"loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
+            bar.update(task, total=event["total_steps"], completed=event["step"], description=text)
+            if "valid_loss" in event:
+                bar.console.print(f"step {event['step']}: held-out loss {event['valid_loss']:.4f}", style="dim")
+
+        return job.run(watch)
+
+
+def _finish(job: Job, outcome: Outcome) -> None:
+    out = Path(job.recipe.out)
+    for line in outcome.notes:
+        console.warn(line)
+    if outcome.stopped:
+        console.warn(f"stopped at step {outcome.steps} of {outcome.total_steps} and saved; go on with:")
+        console.err.print(f"  postil train {shlex.quote(str(out / 'recipe.yaml'))}", markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    held = (
+        "" if outcome.valid_loss is None else f", held-out loss {outcome.valid_loss:.4f} at step {outcome.best_step}"
+    )
+    console.note(f"{outcome.steps} steps, last loss {outcome.loss:.4f}{held}")
+    console.out.print(str(out / ("model" if job.recipe.training.method == "full" else "adapter")), soft_wrap=True)

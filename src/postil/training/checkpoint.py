@@ -1,0 +1,125 @@
+"""Checkpoints between updates: masters, optimiser, place in the data; a run resumes from them to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from postil.errors import RunError, StorageError
+from postil.files import atomic_directory, remove_leftovers, sha256_file, write_json
+from postil.training.optimizer import AdamW
+
+TENSORS, MANIFEST = "state.safetensors", "manifest.json"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands beside its tensors: updates done, the best validation so far."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    since_best: int = 0
+    best: torch.Tensor | None = None
+
+
+def machine() -> dict[str, Any]:
+    """What decides the bytes beside recipe and data: another machine continues, with other bytes."""
+    return {
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+    }
+
+
+def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: str, keep: int) -> Path:
+    """Write `checkpoints/step-N` whole or not at all, then drop the oldest above `keep`."""
+    directory = run / "checkpoints" / f"step-{progress.step:08d}"
+    tensors = {
+        "flat": optimizer.weights.flat.detach(),
+        "exp_avg": optimizer.exp_avg,
+        "exp_avg_sq": optimizer.exp_avg_sq,
+    }
+    if progress.best is not None:
+        tensors["best"] = progress.best
+    with atomic_directory(directory) as temporary:
+        try:
+            save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / TENSORS)
+        except SafetensorError as error:
+            raise StorageError(f"{directory} could not be written ({error}); free some space and resume") from error
+        manifest = {
+            "step": progress.step,
+            "optimizer_step": optimizer.step,
+            "best_step": progress.best_step,
+            "best_loss": progress.best_loss,
+            "since_best": progress.since_best,
+            "identity": identity,
+            "machine": machine(),
+            "sha256": sha256_file(temporary / TENSORS),
+        }
+        write_json(temporary / MANIFEST, manifest)
+    for old in _directories(run)[:-keep]:
+        _drop(old)
+    return directory
+
+
+def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progress, list[str]]:
+    """Fill the optimiser from the newest whole checkpoint; returns the progress and notes for the user.
+
+    A run without a checkpoint starts from the beginning. Raises RunError where the checkpoint belongs to
+    another recipe, base or data.
+    """
+    notes: list[str] = []
+    root = run / "checkpoints"
+    if root.is_dir():
+        remove_leftovers(root)
+    for directory in reversed(_directories(run)):
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            whole = sha256_file(directory / TENSORS) == manifest["sha256"]
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            notes.append(f"{directory.name} is not whole and was passed over")
+            continue
+        if manifest["identity"] != identity:
+            raise RunError(
+                f"{directory} was made with another recipe, base or data; start a new run with another --out, "
+                "or restore the recipe"
+            )
+        if manifest["machine"] != machine():
+            notes.append(
+                "the run continues on another machine or thread count: its bytes will differ from an unbroken run's"
+            )
+        tensors = load_file(directory / TENSORS)
+        with torch.no_grad():
+            optimizer.weights.flat.copy_(tensors["flat"])
+        optimizer.exp_avg.copy_(tensors["exp_avg"])
+        optimizer.exp_avg_sq.copy_(tensors["exp_avg_sq"])
+        optimizer.step = manifest["optimizer_step"]
+        optimizer.weights.publish()
+        best = tensors.get("best")
+        progress = Progress(
+            manifest["step"], manifest["best_step"], manifest["best_loss"], manifest["since_best"],
+            None if best is None else best.to(optimizer.weights.flat.device),
+        )  # fmt: skip
+        return progress, notes
+    return Progress(), notes
+
+
+def _directories(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def _drop(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()

@@ -1,0 +1,277 @@
+"""The training loop: packs in, one update a step, validation, checkpoints, an adapter (or a model) out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postil.adapter.adapter import Adapter
+from postil.adapter.bank import Resident
+from postil.adapter.model import AdaptedModel
+from postil.data import Dataset, Pack, Sample, epoch_steps
+from postil.errors import AdapterError, DataError, RunError, listed
+from postil.files import remove_leftovers
+from postil.kernels.layout import Layout, Span, Spans
+from postil.seeds import derive
+from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from postil.training.log import RunLog
+from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
+from postil.training.options import TrainOptions
+
+Watcher = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: steps done, the last training loss and best validation loss (nats per target token)."""
+
+    steps: int
+    total_steps: int
+    loss: float
+    valid_loss: float | None
+    best_step: int
+    stopped: bool
+    notes: tuple[str, ...] = ()
+
+
+def train(
+    model: AdaptedModel,
+    data: Dataset | Sequence[Sample],
+    *,
+    out: str | Path | None = None,
+    valid: Dataset | Sequence[Sample] | None = None,
+    name: str = "default",
+    options: TrainOptions | None = None,
+    watch: Watcher | None = None,
+    **settings: Any,
+) -> Adapter | None:
+    """Train the resident adapter `name` (or, with method="full", every weight of the base); returns the adapter.
+
+    out: the run directory (log.jsonl, TensorBoard, checkpoints; resumed where it holds a checkpoint of the
+    same recipe). valid: held-out samples; the best state is kept. settings: fields of TrainOptions. Raises
+    RunError when the loss is not finite or a checkpoint is another run's, AdapterError when a module gets no
+    gradient. `watch` is called with {"step", "loss", …} after every update.
+    """
+    options = options or TrainOptions(**settings)
+    run(model, _samples(data), _samples(valid), out=out, name=name, options=options, watch=watch)
+    return model.export(name) if options.method == "lora" else None
+
+
+def run(
+    model: AdaptedModel,
+    samples: list[Sample],
+    valid: list[Sample],
+    *,
+    out: str | Path | None,
+    name: str,
+    options: TrainOptions,
+    watch: Watcher | None,
+    identity: str = "",
+) -> Outcome:
+    """The loop itself; see `train`. The model ends with the best state (the last where nothing is held out)."""
+    if not samples:
+        raise DataError("there is no sample to train on; look at the data with `postil data show`")
+    directory = Path(out) if out is not None else None
+    resident = model.resident(name) if options.method == "lora" else None
+    weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
+    per_epoch = math.ceil(len(samples) / options.batch_size)
+    total = options.steps or per_epoch * options.epochs
+    optimizer = AdamW.of(weights, options, total)
+    identity = fingerprint_of(identity, options, samples, weights)
+    progress, notes = Progress(), list[str]()
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        progress, notes = load_checkpoint(directory, optimizer, identity)
+    valid_every = options.valid_every or max(total // 10, 1)
+    save_every = options.checkpoint_every or max(total // 10, 1)
+    loss, stopped = float("nan"), False
+    model.checkpointing = options.gradient_checkpointing
+    log = RunLog(directory, progress.step) if directory is not None else None
+    try:
+        with _polite_stop() as stop:
+            for step, packs in _steps(samples, options, progress.step, total):
+                started = time.perf_counter()
+                loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
+                if not math.isfinite(loss):
+                    raise RunError(
+                        f"loss {loss} at step {step}; lower the learning rate ({options.rate:g}) or look at rows "
+                        f"{listed(row for pack in packs for row in pack.rows)}; checkpoints before this step are kept"
+                    )
+                if step == 1 and resident is not None:
+                    _check_gradients(resident)
+                norm, rate = optimizer.update()
+                progress.step = step
+                seconds = time.perf_counter() - started
+                event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
+                         "target_tokens": targets, "seconds": round(seconds, 4)}  # fmt: skip
+                if valid and (step % valid_every == 0 or step == total):
+                    event["valid_loss"] = validate(model, valid, resident, options.pack_tokens)
+                    _keep_best(progress, event["valid_loss"], step, weights)
+                if log is not None:
+                    log.write(step, **event)
+                if watch is not None:
+                    watch({"step": step, "total_steps": total, **event})
+                stopped = stop.is_set()
+                late = options.patience is not None and progress.since_best >= options.patience
+                if directory is not None and (step % save_every == 0 or step == total or stopped or late):
+                    save_checkpoint(directory, optimizer, progress, identity, options.keep_checkpoints)
+                if stopped or late:
+                    break
+    finally:
+        model.checkpointing = False
+        if log is not None:
+            log.__exit__(None, None, None)
+        if resident is not None:
+            resident.train(False)
+    if progress.best is not None and not stopped:
+        with torch.no_grad():
+            weights.flat.copy_(progress.best)
+        weights.publish()
+    if options.method == "full":
+        model.model.requires_grad_(False)
+    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, tuple(notes))
+
+
+def fingerprint_of(identity: str, options: TrainOptions, samples: Sequence[Sample], weights: Trainable) -> str:
+    """What a checkpoint must share with the run that resumes from it: recipe, data, and what is trained."""
+    digest = hashlib.sha256(identity.encode())
+    fields = options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})
+    digest.update(json.dumps(fields, sort_keys=True).encode())
+    for sample in samples:
+        digest.update(len(sample.ids).to_bytes(8, "big"))
+        digest.update(sample.ids.tobytes() + sample.weights.tobytes())
+    digest.update(weights.flat.shape[0].to_bytes(8, "big"))
+    return digest.hexdigest()
+
+
+def _samples(data: Dataset | Sequence[Sample] | None) -> list[Sample]:
+    if data is None:
+        return []
+    return list(data.samples if isinstance(data, Dataset) else data)
+
+
+def _steps(
+    samples: Sequence[Sample], options: TrainOptions, done: int, total: int
+) -> Iterator[tuple[int, list[Pack]]]:
+    """(step number from 1, its packs) for the steps after `done`: a pure function of data, seed and epoch."""
+    per_epoch = math.ceil(len(samples) / options.batch_size)
+    for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
+        steps = epoch_steps(
+            samples, batch_size=options.batch_size, accumulation=options.accumulation,
+            pack_tokens=options.pack_tokens, seed=options.seed, epoch=epoch,
+        )  # fmt: skip
+        for index, packs in enumerate(steps):
+            step = epoch * per_epoch + index + 1
+            if done < step <= total:
+                yield step, packs
+
+
+def _gradients(
+    model: AdaptedModel,
+    weights: Trainable,
+    resident: Resident | None,
+    packs: Sequence[Pack],
+    options: TrainOptions,
+    step: int,
+) -> tuple[float, int, int]:
+    """One step's gradients: losses summed over its packs, divided by the target tokens of the whole step."""
+    targets = sum(int((pack.weights > 0).sum()) for pack in packs)
+    loss = 0.0
+    for index, pack in enumerate(packs):
+        seed = derive(options.seed, "dropout", step, index)
+        ids, positions, share = to_device(pack, model)
+        layout = Layout.packed(pack.lengths, _spans(resident, len(pack.ids), seed))
+        with model.using(layout):
+            total, _, _ = model.loss(ids, positions, share / max(targets, 1))
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
+        weights.collect()
+        loss += float(total.detach())
+    return loss, sum(len(pack.ids) for pack in packs), targets
+
+
+def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, positions, loss weights) of a pack as tensors on the model's device."""
+    device = model.base.device
+    return (
+        torch.from_numpy(pack.ids).to(device),
+        torch.from_numpy(pack.positions).to(device),
+        torch.from_numpy(pack.weights).to(device),
+    )
+
+
+def _spans(resident: Resident | None, tokens: int, seed: int = 0) -> Spans:
+    return Spans((Span(0, tokens, resident.slot, 1.0, seed),)) if resident is not None else Spans()
+
+
+@torch.no_grad()
+def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident | None, pack_tokens: int) -> float:
+    """Mean nats per target token over held-out samples, dropout off."""
+    total, count = 0.0, 0
+    steps = epoch_steps(
+        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False
+    )
+    for packs in steps:
+        for pack in packs:
+            ids, positions, weights = to_device(pack, model)
+            with model.using(Layout.packed(pack.lengths, _spans(resident, len(pack.ids)))):
+                part, _, targets = model.loss(ids, positions, weights)
+            total += float(part)
+            count += len(targets)
+    return total / max(count, 1)
+
+
+def _keep_best(progress: Progress, loss: float, step: int, weights: Trainable) -> None:
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.since_best = loss, step, 0
+        progress.best = weights.flat.detach().clone()
+    else:
+        progress.since_best += 1
+
+
+def _check_gradients(resident: Resident) -> None:
+    """After the first backward pass every adapted module must have moved its B (B starts at zero, A does not)."""
+    still = []
+    for target in resident.targets:
+        leaf = resident.leaves[f"{target.path}.b"]
+        other = resident.leaves.get(f"{target.path}.a")
+        moved = any(part is not None and part.grad is not None and bool(part.grad.any()) for part in (leaf, other))
+        if not moved and "expert" not in target.path:
+            still.append(target.path)
+    if still:
+        raise AdapterError(
+            f"{len(still)} of {len(resident.targets)} adapted modules got no gradient in the first step: "
+            f"{listed(still)}; the model does not use them as expected, leave them out of target_modules"
+        )
+
+
+@contextmanager
+def _polite_stop() -> Iterator[threading.Event]:
+    """The first Ctrl-C finishes the step and saves; the second stops at once. Outside the main thread: neither."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,48 @@
+"""TrainOptions: how a run is trained, with the field's defaults per method."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from postil.settings import Settings
+
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}  # LoRA about 10× full (LoRA Without Regret)
+
+
+class TrainOptions(Settings):
+    """How to train. Unknown keys and impossible values raise RecipeError.
+
+    A step takes batch_size rows, in at least `accumulation` packs of at most pack_tokens tokens; its loss is
+    divided by the step's target tokens, so the split changes nothing. learning_rate None: 2e-4 for LoRA, 2e-5
+    for full fine-tuning. steps overrides epochs. warmup: steps. valid_every, checkpoint_every: steps (None:
+    about ten times a run). patience: validations without gain before an early stop (None: never).
+    """
+
+    where: ClassVar[str] = "training"
+
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: float | None = Field(None, gt=0)
+    epochs: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    pack_tokens: int = Field(4096, ge=16)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = Field(20, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    gradient_checkpointing: bool = False
+    valid_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    patience: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate if self.learning_rate is not None else DEFAULT_LEARNING_RATE[self.method]

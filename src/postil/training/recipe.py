@@ -1,0 +1,158 @@
+"""A recipe: everything that decides a run, in one validated file; and the run that it describes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import Field
+
+from postil.adapter import AdaptedModel, Adapter, LoraConfig, attach
+from postil.base import Base, load_base
+from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
+from postil.errors import RecipeError, RunError
+from postil.files import atomic_directory, write_text
+from postil.settings import Settings
+from postil.training.loop import Outcome, Watcher, run
+from postil.training.options import TrainOptions
+
+
+class Recipe(Settings):
+    """What `postil train` runs. Keys: base, data, out, valid (or valid_share, a seeded share held out), dtype,
+    device, from_adapter (continue from an adapter's values), lora, rows (how the data is read), training."""
+
+    where: ClassVar[str] = "recipe"
+
+    base: str
+    data: str
+    out: str
+    valid: str | None = None
+    valid_share: float = Field(0.05, ge=0, lt=1)
+    dtype: str = "auto"
+    device: str = "auto"
+    from_adapter: str | None = None
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
+    rows: DataOptions = Field(default_factory=DataOptions)
+    training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError that names the file and the line."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: expected keys such as base, data, out; found {type(value).__name__}")
+    return value
+
+
+def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """A recipe's mapping with `training.learning_rate=2e-4` and the like set; values are read as YAML."""
+    out: dict[str, Any] = json.loads(json.dumps(values))
+    for setting in settings:
+        key, mark, text = setting.partition("=")
+        if not mark or not key:
+            raise RecipeError(f"--set {setting}: write key=value, for example --set training.learning_rate=2e-4")
+        place = out
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
+            place = inner
+        value = yaml.safe_load(text)
+        place[last] = _number(value)
+    return out
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+@dataclass(slots=True)
+class Job:
+    """A recipe with its base, adapter and data loaded, ready to run."""
+
+    recipe: Recipe
+    base: Base
+    model: AdaptedModel
+    training: list[Sample]
+    valid: list[Sample]
+    dataset: Dataset
+
+    def run(self, watch: Watcher | None = None) -> Outcome:
+        """Train, then write the adapter (or the model) into the run directory."""
+        return _run(self, watch)
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Load everything that a recipe names. Raises what the loaders raise."""
+    base = load_base(recipe.base, dtype=recipe.dtype, device=recipe.device)
+    dataset = load_data(recipe.data, base, recipe.rows, side_directory=None)
+    if recipe.valid is not None:
+        training, valid = dataset.samples, load_data(recipe.valid, base, recipe.rows).samples
+    else:
+        training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
+    model = attach(base)
+    if recipe.training.method == "lora":
+        source: LoraConfig | Adapter = recipe.lora
+        if recipe.from_adapter is not None:
+            from postil.adapter.peft_files import load_adapter
+
+            source = load_adapter(recipe.from_adapter)
+        attach(model, source, seed=recipe.training.seed)
+    return Job(recipe, base, model, list(training), list(valid), dataset)
+
+
+def _run(job: Job, watch: Watcher | None) -> Outcome:
+    recipe, out = job.recipe, Path(job.recipe.out)
+    fields = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    kept = out / "recipe.yaml"
+    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+        raise RunError(f"{out} holds a run of another recipe; choose another --out or remove that directory")
+    if not kept.is_file():
+        write_text(kept, text)
+    fingerprint = job.base.fingerprint()
+    identity = json.dumps([fields["lora"], recipe.from_adapter, str(fingerprint)], sort_keys=True)
+    outcome = run(
+        job.model, job.training, job.valid, out=out, name="default", options=recipe.training, watch=watch,
+        identity=identity,
+    )  # fmt: skip
+    if outcome.stopped:
+        return outcome
+    if recipe.training.method == "full":
+        _save_model(job, out / "model")
+    else:
+        adapter = job.model.export("default")
+        report = job.dataset.report
+        adapter.card |= {
+            "recipe": fields,
+            "data": {"sha256": report.sha256, "samples": len(job.training), "held_out": len(job.valid)},
+            "template_hash": report.template_hash,
+            "result": {"steps": outcome.steps, "valid_loss": outcome.valid_loss, "best_step": outcome.best_step},
+        }
+        from postil.adapter.peft_files import save_adapter
+
+        save_adapter(adapter, out / "adapter")
+    return outcome
+
+
+def _save_model(job: Job, directory: Path) -> None:
+    """A fully fine-tuned model as a Hugging Face directory."""
+    with atomic_directory(directory) as temporary:
+        job.base.model.save_pretrained(temporary)
+        if job.base.tokenizer is not None:
+            job.base.tokenizer.save_pretrained(temporary)

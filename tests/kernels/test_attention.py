@@ -1,0 +1,185 @@
+"""attention against its reference: segments, windows, caps, sinks, prefixes, chunks and decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postil.kernels.attention import attention
+from postil.kernels.attention.reference import attention_reference
+from postil.kernels.layout import Layout, Segment
+
+DIM, SCALE = 8, 0.35
+
+
+def make(
+    queries: int, keys: int, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(queries * 1009 + keys)
+    shapes = [(queries, heads, DIM), (keys, kv_heads, DIM), (keys, kv_heads, DIM)]
+    return tuple(torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+def run(function: Any, tensors: list[torch.Tensor], segments: list[Segment], **options: Any) -> list[torch.Tensor]:
+    """The output and the gradients of q, k, v and, where given, sinks."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    if len(leaves) == 4:
+        options["sinks"] = leaves[3]
+    out = function(*leaves[:3], segments, scale=SCALE, **options)
+    if not len(out):  # nothing to differentiate
+        assert out.shape == tensors[0].shape
+        return [out.detach()]
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    grads = torch.autograd.grad((out.float() * direction).sum(), leaves, allow_unused=True)
+    return [out, *(torch.zeros_like(i) if g is None else g for i, g in zip(leaves, grads, strict=True))]
+
+
+def assert_same(tensors: Any, segments: list[Segment], tolerance: float = 1e-5, **options: Any) -> None:
+    got = run(attention, list(tensors), segments, **options)
+    expected = run(attention_reference, list(tensors), segments, **options)
+    for value, want in zip(got, expected, strict=True):
+        assert value.dtype == want.dtype
+        size = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+        torch.testing.assert_close(value, want, rtol=tolerance, atol=tolerance * size)
+
+
+def packed(*lengths: int) -> list[Segment]:
+    return list(Layout.packed(lengths).segments)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Segment], int, dict[str, Any], bool]:
+    """Segments, each with queries <= keys, on key ranges after `lead` rows that a prefix may use."""
+    lead = draw(st.integers(0, 3))
+    segments, q, k = [], 0, lead
+    for _ in range(draw(st.integers(0, 4))):
+        queries = draw(st.integers(0, 9))
+        keys = queries + draw(st.integers(0, 6))
+        prefix = (0, lead) if lead and draw(st.booleans()) else None
+        segments.append(Segment(q, q + queries, k, k + keys, prefix))
+        q, k = q + queries, k + keys + draw(st.integers(0, 2))
+    options = {
+        "window": draw(st.sampled_from([None, 1, 3, 50])),
+        "softcap": draw(st.sampled_from([None, None, 2.0])),
+    }
+    return segments, k, options, draw(st.booleans())
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(), st.sampled_from([(4, 2), (3, 3), (4, 1)]))
+def test_equals_the_reference(case: tuple[list[Segment], int, dict[str, Any], bool], heads: tuple[int, int]) -> None:
+    segments, keys, options, with_sinks = case
+    tensors = [*make(segments[-1].q1 if segments else 0, keys, *heads)]
+    if with_sinks:
+        tensors.append(torch.linspace(-1, 2, heads[0]))
+    assert_same(tensors, segments, **options)
+
+
+@pytest.mark.parametrize("window", [None, 4, 40])
+@pytest.mark.parametrize("lengths", [(1,), (17,), (3, 1, 20, 2), (1, 1, 1), (5, 0, 4), (0,), ()])
+def test_packed_sequences(lengths: tuple[int, ...], window: int | None) -> None:
+    assert_same(make(sum(lengths), sum(lengths)), packed(*lengths), window=window)
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks", "queries"),
+    [
+        (100, None, False, 600),
+        (100, 3.0, True, 600),
+        (None, 3.0, False, 600),
+        (None, None, False, 520),
+        (100, None, False, 520),
+    ],
+)
+def test_blocks_of_queries(window: int | None, softcap: float | None, sinks: bool, queries: int) -> None:
+    tensors = [*make(queries, 603, 2, 1)]
+    if sinks:
+        tensors.append(torch.tensor([0.5, -0.5]))
+    assert_same(tensors, [Segment(0, queries, 3, 603)], window=window, softcap=softcap)
+
+
+def test_a_prefix_is_seen_through_window_and_blocks() -> None:
+    assert_same(make(300, 305, 2, 1), [Segment(0, 300, 5, 305, prefix=(0, 5))], window=20)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}])
+def test_bfloat16(options: dict[str, Any]) -> None:
+    assert_same(make(12, 12, dtype=torch.bfloat16), packed(5, 7), tolerance=4e-2, **options)
+    decoding = [Segment(0, 1, 0, 5), Segment(1, 2, 6, 12)]
+    assert_same(make(2, 12, dtype=torch.bfloat16), decoding, tolerance=4e-2, **options)
+
+
+def test_chunks_of_queries_equal_the_whole() -> None:
+    q, k, v = make(14, 14)
+    whole = attention(q, k, v, packed(14), scale=SCALE, window=5)
+    chunks = [
+        attention(q[start:end], k, v, [Segment(0, end - start, 0, end)], scale=SCALE, window=5)
+        for start, end in [(0, 4), (4, 5), (5, 14)]
+    ]
+    torch.testing.assert_close(torch.cat(chunks), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_by_hand() -> None:
+    """With equal scores a row is the mean of the values it sees; a sink of the same score counts as a zero."""
+    v = torch.tensor([1.0, 3.0, 8.0])[:, None, None].expand(3, 1, DIM)
+    zeros = torch.zeros(3, 1, DIM)
+
+    def rows(**options: Any) -> list[float]:
+        return attention(zeros, zeros, v, packed(3), scale=1.0, **options)[:, 0, 0].tolist()
+
+    assert rows() == pytest.approx([1, 2, 4])
+    assert rows(window=2) == pytest.approx([1, 2, 5.5])
+    assert rows(sinks=torch.zeros(1)) == pytest.approx([0.5, 4 / 3, 3])
+
+
+DECODING = {
+    "evenly spaced": [(0, 5), (8, 16), (16, 17)],
+    "unevenly spaced": [(0, 5), (7, 15), (20, 21)],
+    "backwards": [(16, 20), (8, 11), (0, 7)],
+    "to the last row": [(0, 8), (8, 10), (16, 24)],
+    "past the last row": [(0, 8), (10, 13), (20, 24)],
+    "shared": [(4, 9), (4, 7), (4, 12)],
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_reads_no_unwritten_row(name: str, window: int | None) -> None:
+    segments = [Segment(i, i + 1, k0, k1) for i, (k0, k1) in enumerate(DECODING[name])]
+    q, k, v = make(3, 24)
+    assert_same((q, k, v), segments, window=window)
+    expected = attention_reference(q, k, v, segments, scale=SCALE, window=window)
+    unwritten = torch.ones(24, dtype=torch.bool)
+    for segment in segments:
+        unwritten[segment.k0 : segment.k1] = False
+    for rows in (k, v):
+        rows[unwritten] = float("nan")
+    got = attention(q, k, v, segments, scale=SCALE, window=window)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_from_a_view_of_a_store() -> None:
+    q, k, v = make(3, 24)
+    segments = [Segment(i, i + 1, 6 * i, 6 * i + 2 + i) for i in range(3)]
+    expected = attention_reference(q, k, v, segments, scale=SCALE)
+    store = torch.full((2, 30, 2, DIM), float("nan"))  # keys and values after rows of another
+    store[0, 6:], store[1, 6:] = k, v
+    got = attention(q, store[0, 6:], store[1, 6:], segments, scale=SCALE)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    strided = torch.stack([k, v], 1)  # [keys, 2, kv_heads, dim]: views that are not contiguous
+    got = attention(q, strided[:, 0], strided[:, 1], segments, scale=SCALE)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_read_no_row_beyond_their_keys() -> None:
+    q, k, v = make(9, 20)
+    segments = [Segment(0, 4, 2, 8), Segment(4, 9, 10, 15)]
+    expected = attention_reference(q, k, v, segments, scale=SCALE, window=3)
+    for rows in (k, v):
+        rows[[0, 1, 8, 9, *range(15, 20)]] = float("nan")
+    got = attention(q, k, v, segments, scale=SCALE, window=3)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,188 @@
+"""The training loop: gradients do not depend on the split, a killed run resumes to the same bytes, full works."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_samples
+
+from postil.adapter import AdaptedModel, LoraConfig, attach, detach
+from postil.base import live_digest
+from postil.data import Sample
+from postil.errors import DataError, RunError
+from postil.kernels.layout import Layout, Span, Spans
+from postil.training import TrainOptions, train
+from postil.training.loop import AdapterWeights, _gradients, _steps, to_device, validate
+from postil.training.optimizer import rate_at
+
+
+def adapter_bytes(model: AdaptedModel) -> bytes:
+    return model.resident("default").flat.numpy().tobytes()
+
+
+def test_training_lowers_the_loss_and_leaves_the_base(model: AdaptedModel, samples: list[Sample]) -> None:
+    before = live_digest(model.model)
+    events: list[dict[str, float]] = []
+    adapter = train(model, samples, learning_rate=2e-2, epochs=12, schedule="constant", watch=events.append)
+    assert adapter is not None
+    assert events[-1]["loss"] < events[0]["loss"] - 0.3
+    assert live_digest(detach(model).model) == before
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_gives_the_same_gradient(accumulation: int, samples: list[Sample]) -> None:
+    gradients = []
+    for count in (1, accumulation):
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        resident = model.resident("default")
+        weights = AdapterWeights.of(resident)
+        options = TrainOptions(accumulation=count)
+        _, packs = next(_steps(samples, options, 0, 1))
+        assert len(packs) == count
+        _gradients(model, weights, resident, packs, options, 1)
+        gradients.append(weights.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=4), seed=1)
+    resident = model.resident("default")
+    weights = AdapterWeights.of(resident)
+    options = TrainOptions(batch_size=8)
+    _, (pack,) = next(_steps(samples, options, 0, 1))
+    _gradients(model, weights, resident, [pack], options, 1)
+    packed = weights.grad.clone()
+    weights.grad.zero_()
+    ids, positions, share = to_device(pack, model)
+    start, count = 0, float((pack.weights > 0).sum())
+    for length in pack.lengths:
+        rows = slice(start, start + length)
+        with model.using(Layout.packed([length], Spans((Span(0, length, resident.slot),)))):
+            model.loss(ids[rows], positions[rows], share[rows] / count)[0].backward()
+        start += length
+    torch.testing.assert_close(packed, weights.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_many_residents_change_nothing(samples: list[Sample]) -> None:
+    results = []
+    for others in (0, 3):
+        model = tiny_model()
+        for index in range(others):
+            attach(model, LoraConfig(r=index + 1), name=f"other{index}", seed=9)
+        attach(model, LoraConfig(r=4), seed=1)
+        train(model, samples, epochs=2)
+        results.append(adapter_bytes(model))
+    assert results[0] == results[1]
+
+
+def test_checkpointing_changes_nothing(samples: list[Sample]) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model()
+        attach(model, LoraConfig(r=4, dropout=0.2), seed=1)
+        train(model, samples, epochs=1, gradient_checkpointing=checkpointing)
+        results.append(model.resident("default").flat.clone())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+KILLED = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from tiny import tiny_model, tiny_samples
+from postil.adapter import LoraConfig, attach
+from postil.training import train
+model = tiny_model()
+attach(model, LoraConfig(r=4, dropout=0.1, target_modules="all-linear"), seed=1)
+print("ready", flush=True)
+train(model, tiny_samples(), out={out!r}, valid=tiny_samples(5, 3), epochs=8, accumulation=2, checkpoint_every=2,
+      valid_every=4, watch=lambda event: print(event["step"], flush=True))
+sys.stdout.write("bytes " + model.resident("default").flat.numpy().tobytes().hex() + "\\n")
+"""
+
+
+def run_script(out: Path, kill_after: str | None = None, delay: float = 0.0) -> str | None:
+    """Run the training in a process of its own; kill -9 it `delay` seconds after it printed `kill_after`."""
+    code = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
+    result = None
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("bytes "):
+                result = line.split()[1]
+            if kill_after is not None and line.strip() == kill_after:
+                time.sleep(delay)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    return result
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = run_script(tmp_path / "whole")
+    assert whole is not None
+    for kill_after, delay in (("3", 0.0), ("9", 0.003), ("16", 0.001)):
+        run_script(tmp_path / "broken", kill_after, delay)
+    assert run_script(tmp_path / "broken") == whole
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(
+    model: AdaptedModel, samples: list[Sample], tmp_path: Path
+) -> None:
+    train(model, samples, out=tmp_path, steps=2)
+    with pytest.raises(RunError, match="another recipe, base or data"):
+        train(model, samples, out=tmp_path, steps=2, learning_rate=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(model: AdaptedModel, samples: list[Sample]) -> None:
+    model.resident("default").flat.fill_(float("inf"))
+    with pytest.raises(RunError, match="at step 1; lower the learning rate"):
+        train(model, samples, steps=2)
+
+
+def test_no_samples_is_an_error(model: AdaptedModel) -> None:
+    with pytest.raises(DataError, match="no sample to train on"):
+        train(model, [])
+
+
+def test_the_best_validation_state_is_kept(samples: list[Sample]) -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=4), seed=1)
+    held_out = tiny_samples(6, seed=5)
+    events: list[dict[str, float]] = []
+    train(model, samples, valid=held_out, learning_rate=5e-2, epochs=10, valid_every=1, watch=events.append)
+    best = min(event["valid_loss"] for event in events)
+    assert best < events[-1]["valid_loss"]  # random targets: it over-fits, so the last is not the best
+    assert validate(model, held_out, model.resident("default"), 4096) == pytest.approx(best, abs=1e-6)
+
+
+def test_full_fine_tuning_trains_every_weight(samples: list[Sample]) -> None:
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
+    events: list[dict[str, float]] = []
+    train(model, samples, method="full", learning_rate=3e-3, epochs=6, watch=events.append)
+    assert events[-1]["loss"] < events[0]["loss"] - 0.3
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.model.named_parameters())
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+def test_the_schedule() -> None:
+    options = TrainOptions(learning_rate=1.0, warmup=4, schedule="linear")
+    rates = [rate_at(step, options, 12) for step in range(1, 13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    cosine = TrainOptions(learning_rate=1.0, warmup=4)
+    assert rate_at(5, cosine, 12) == pytest.approx(1.0)
+    assert 0 < rate_at(12, cosine, 12) < 0.1
