@@ -15,21 +15,26 @@ __all__ = [
     "Base",
     "BaseModelError",
     "DataError",
+    "Engine",
     "InternalError",
     "LoraConfig",
     "PostilError",
     "RecipeError",
+    "Request",
     "RequestError",
     "RunError",
     "StorageError",
     "__version__",
     "attach",
     "detach",
+    "export_merged",
     "load_adapter",
     "load_base",
     "load_data",
+    "merge",
     "save_adapter",
     "train",
+    "unmerge",
 ]
 
 _HOME = {
@@ -39,29 +44,36 @@ _HOME = {
     "Base": "postil.base",
     "BaseModelError": "postil.errors",
     "DataError": "postil.errors",
+    "Engine": "postil.engine",
     "InternalError": "postil.errors",
     "LoraConfig": "postil.adapter.config",
     "PostilError": "postil.errors",
     "RecipeError": "postil.errors",
+    "Request": "postil.engine",
     "RequestError": "postil.errors",
     "RunError": "postil.errors",
     "StorageError": "postil.errors",
     "attach": "postil.adapter.attach",
     "detach": "postil.adapter.attach",
+    "export_merged": "postil.adapter.merge",
     "load_adapter": "postil.adapter.peft_files",
     "load_base": "postil.base",
     "load_data": "postil.data",
+    "merge": "postil.adapter.merge",
     "save_adapter": "postil.adapter.peft_files",
     "train": "postil.training",
+    "unmerge": "postil.adapter.merge",
 }
 
 if TYPE_CHECKING:
     from postil.adapter import AdaptedModel, Adapter
     from postil.adapter.attach import attach, detach
     from postil.adapter.config import LoraConfig
+    from postil.adapter.merge import export_merged, merge, unmerge
     from postil.adapter.peft_files import load_adapter, save_adapter
     from postil.base import Base, load_base
     from postil.data import load_data
+    from postil.engine import Engine, Request
     from postil.errors import (
         AdapterError,
         BaseModelError,

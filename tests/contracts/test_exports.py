@@ -17,21 +17,26 @@ PUBLIC = [
     "Base",
     "BaseModelError",
     "DataError",
+    "Engine",
     "InternalError",
     "LoraConfig",
     "PostilError",
     "RecipeError",
+    "Request",
     "RequestError",
     "RunError",
     "StorageError",
     "__version__",
     "attach",
     "detach",
+    "export_merged",
     "load_adapter",
     "load_base",
     "load_data",
+    "merge",
     "save_adapter",
     "train",
+    "unmerge",
 ]
 
 REPORT_HEAVY = """
@@ -98,7 +103,9 @@ def test_a_name_that_is_not_there() -> None:
 
 
 def test_verbs_stay_functions_when_their_modules_are_imported() -> None:
-    run_fresh("import postil.training\nassert callable(postil.train)")
+    run_fresh(
+        "import postil.training, postil.adapter.merge\nassert callable(postil.train) and callable(postil.merge)"
+    )
 
 
 def test_importing_postil_is_light() -> None:

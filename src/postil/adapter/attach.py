@@ -42,9 +42,9 @@ def attach(
             model.take_off()
             raise
     if adapter is not None:
-        if isinstance(adapter, Adapter) and not force:
-            check_base(adapter, model.base)
         try:
+            if isinstance(adapter, Adapter) and not force:
+                check_base(adapter, model.base)
             model.add(name, adapter, seed=seed)
         except BaseException:
             if target is not model:

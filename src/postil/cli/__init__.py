@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from postil.cli import base_commands, data_commands, train_command
+from postil.cli import adapter_commands, base_commands, data_commands, doctor_command, train_command, use_commands
 from postil.errors import PostilError
 
 app = typer.Typer(
@@ -19,7 +19,13 @@ app = typer.Typer(
 )
 app.add_typer(base_commands.app, name="base")
 app.add_typer(data_commands.app, name="data")
+app.add_typer(adapter_commands.adapters, name="adapters")
 app.command()(train_command.train)
+app.command()(use_commands.generate)
+app.command()(use_commands.chat)
+app.command()(adapter_commands.inspect)
+app.command()(adapter_commands.merge)
+app.command()(doctor_command.doctor)
 
 
 def main() -> None:

@@ -1,0 +1,93 @@
+"""Row: a request on its way, its tokens so far, and its text as it grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from postil.engine.request import Answer, FinishReason, Request
+from postil.engine.sampler import Choice, generator_of
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the first bytes of a character
+
+
+@dataclass(slots=True)
+class Row:
+    """One request between its prompt and its answer. `slot`: its adapter's slot in the bank, -1 for the base."""
+
+    request: Request
+    prompt: list[int]
+    slot: int
+    eos: frozenset[int]
+    tokenizer: Any
+    streams: bool = False
+    ids: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+    generator: torch.Generator | None = None
+    text: str = ""
+    given: int = 0  # characters of the text that `piece` gave out
+
+    def __post_init__(self) -> None:
+        self.generator = generator_of(self.request)
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that the sequence can have."""
+        return len(self.prompt) + self.request.max_new_tokens
+
+    @property
+    def length(self) -> int:
+        """The tokens whose keys are stored once the prompt is: all but the newest."""
+        return len(self.prompt) + len(self.ids) - 1
+
+    def push(self, choice: Choice) -> None:
+        """Take the next token, and see whether it was the last."""
+        self.margins.append(choice.margin)
+        if choice.token in self.eos:
+            self.finish = "stop"
+        else:
+            self.ids.append(choice.token)
+            if choice.logprob is not None:
+                self.logprobs.append(choice.logprob)
+            if len(self.ids) >= self.request.max_new_tokens:
+                self.finish = "length"
+        if self.tokenizer is not None and (self.streams or self.request.stop or self.finish):
+            self._read()
+
+    def _read(self) -> None:
+        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
+        if found:
+            self.text, self.finish = self.text[: min(found)], "stop"
+
+    def piece(self) -> str:
+        """The text that is new and certain: no half character, nothing that may turn out a stop string."""
+        end = len(self.text)
+        if self.finish is None:
+            settled = self.text.rstrip(UNFINISHED)
+            held = (
+                size
+                for stop in self.request.stop
+                for size in range(min(len(stop) - 1, len(settled)), 0, -1)
+                if settled.endswith(stop[:size])
+            )
+            end = len(settled) - max(held, default=0)
+        new = self.text[self.given : end]
+        self.given = max(self.given, end)
+        return new
+
+    def answer(self) -> Answer:
+        """The finished row as an Answer."""
+        return Answer(
+            text=self.text,
+            ids=tuple(self.ids),
+            adapter=self.request.adapter,
+            finish_reason=self.finish or "length",
+            prompt_tokens=len(self.prompt),
+            margins=tuple(self.margins),
+            logprobs=tuple(self.logprobs) if self.request.logprobs else None,
+        )
