@@ -10,9 +10,9 @@ err = Console(stderr=True, highlight=False)
 
 def note(message: str) -> None:
     """Tell the user something that they should know and need not act on."""
-    err.print(message, style="dim", markup=False)
+    err.print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Tell the user something that they may want to act on."""
-    err.print(f"note: {message}", style="yellow", markup=False)
+    err.print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)

@@ -33,8 +33,8 @@ def _fsync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
 
 
 @contextmanager
@@ -99,11 +99,23 @@ def _restore(old: Path | None, target: Path) -> None:
 
 
 def _storage_error(target: Path, error: OSError) -> StorageError:
+    while isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__  # a file within a directory: the directory is what the user named
     reason = error.strerror or str(error)
     return StorageError(
         f"{target} could not be written ({reason}); nothing half-written was left. "
         "Free some space or choose another directory, and run it again."
     )
+
+
+def check_vacant(path: str | Path) -> None:
+    """Raise StorageError where a directory cannot be made at `path` without removing what lies there."""
+    target = Path(path)
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        kind = "a directory with files in it" if target.is_dir() else "a file"
+        raise StorageError(f"{target} is {kind} already; nothing was written, name a new directory")
 
 
 def remove_leftovers(directory: str | Path) -> int:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postil.errors import PostilError, RecipeError, nearest
+from postil.errors import PostilError, RecipeError, listed, nearest
 
 
 class Settings(BaseModel):
@@ -40,11 +40,12 @@ def explain(problem: ValidationError, model: type[Settings]) -> str:
         location = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
         if error["type"] == "extra_forbidden":
             known = _keys_at(model, error["loc"][:-1])
-            parts.append(f"unknown key {location!r}{nearest(str(error['loc'][-1]), known)}")
+            near = nearest(str(error["loc"][-1]), known)
+            parts.append(f"unknown key {location!r}{near or f'; known: {listed(known, 24)}'}")
         elif error["type"] == "missing":
             parts.append(f"{location!r} is required and was not given")
         else:
-            message = error["msg"].removeprefix("Value error, ")
+            message = error["msg"].removeprefix("Value error, ").removeprefix(f"{location}: ")
             came = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
             parts.append(f"{location}: {message}{came}" if location else message)
     return f"{model.where}: " + "; ".join(dict.fromkeys(parts))

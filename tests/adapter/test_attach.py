@@ -214,6 +214,20 @@ def test_modules_to_save_are_the_adapters_own(lab: Any) -> None:
         model.activate("default", "other")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])  # [1, tokens, heads, dim] and [1, heads, tokens, dim]
+@pytest.mark.parametrize("length", [1, 2, 7])  # in a pack of two: 2 tokens (as many as key heads), 4 (as heads), 14
+def test_a_norm_of_each_head_saved_whole_answers_for_its_own_tokens(name: str, length: int, lab: Any) -> None:
+    model = attach(lab.tiny(name), LoraConfig(modules_to_save=("q_norm", "k_norm", "norm")), name="a")
+    attach(model, LoraConfig(), name="b")
+    for user in ("a", "b"):
+        lab.scramble(model, user)
+    ids = lab.ids[:length]
+    for users in (("a", None), ("b", "a"), ("a", "a")):
+        for found, user in zip(packed(model, ids, users), users, strict=True):
+            model.activate(*([user] if user else []))
+            torch.testing.assert_close(found, lab.plain(model, ids), rtol=0, atol=1e-5)
+
+
 def test_seeds(lab: Any) -> None:
     def values(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
         return attach(lab.tiny(), LoraConfig(**settings), seed=seed).export("default").tensors

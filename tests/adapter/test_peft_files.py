@@ -226,7 +226,7 @@ def test_broken_directories(saved: Path) -> None:
     with pytest.raises(AdapterError, match="is a file"):
         load_adapter(saved / CONFIG)
     (saved.parent / "empty").mkdir()
-    with pytest.raises(AdapterError, match=f"no {CONFIG}; it holds none"):
+    with pytest.raises(AdapterError, match=f"no {CONFIG}; it holds nothing"):
         load_adapter(saved.parent / "empty")
     with pytest.raises(AdapterError, match=r"there is one in .*a"):
         load_adapter(saved.parent)

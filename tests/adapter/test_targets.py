@@ -108,6 +108,13 @@ def test_every_wrong_name_is_told(settings: dict[str, Any], message: str, lab: A
         find_targets(lab.tiny(), LoraConfig(**settings))
 
 
+def test_an_embedding_called_with_more_than_ids_is_refused(lab: Any) -> None:
+    message = "embed_positions is a OPTLearnedPositionalEmbedding, which has no adapter"
+    with pytest.raises(AdapterError, match=message):
+        find_targets(lab.tiny("opt"), LoraConfig(target_modules=("embed_positions",)))
+    assert paths(lab.tiny("gpt2"), target_modules=("wpe",)) == ["transformer.wpe"]
+
+
 def test_the_coverage_in_words(lab: Any) -> None:
     model = lab.tiny()
     targets = find_targets(model, LoraConfig(target_modules=("q_proj", "v_proj")))

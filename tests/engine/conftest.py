@@ -92,16 +92,16 @@ def make_adapters() -> Callable[[Base], dict[str, Adapter]]:
 def merged_greedy() -> Callable[..., tuple[list[int], bool]]:
     """merged_greedy(base, adapter, prompt, count): plain transformers, W + s·B·A, whole forward per token."""
 
-    known: dict[tuple[int, int], Any] = {}
+    known: dict[tuple[int, int], tuple[Any, ...]] = {}  # keeps base and adapter, so that their ids stay theirs
 
     @torch.no_grad()
     def greedy(base: Base, adapter: Adapter | None, prompt: Sequence[int], count: int) -> tuple[list[int], bool]:
-        model = known.get((id(base), id(adapter)))
+        model = known.get((id(base), id(adapter)), (None,))[0]
         if model is None:
             model = copy.deepcopy(base.model)
             if adapter is not None:
                 merge(model, adapter)
-            known[id(base), id(adapter)] = model
+            known[id(base), id(adapter)] = (model, base, adapter)
         ids = list(prompt)
         for _ in range(count):
             token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())

@@ -73,7 +73,8 @@ def check_base(adapter: Adapter, base: Base) -> None:
     if wanted != here.source:
         raise AdapterError(
             f"the adapter belongs to another base: it was made for {adapter.base_name or 'a base'} ({wanted[:23]}…), "
-            f"this is {base.source} ({here.source[:23]}…); load that base, or pass force (--force) if you know better"
+            f"this is {base.source} ({here.source[:23]}…); load that base, or pass force=True (generate, chat and "
+            "merge: --force) if you know better"
         )
 
 

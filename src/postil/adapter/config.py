@@ -29,9 +29,9 @@ class LoraConfig(Settings):
     error: ClassVar[type[PostilError]] = AdapterError
     where: ClassVar[str] = "LoraConfig"
 
-    r: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     use_rslora: bool = False

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from postil.adapter.bank import EmbeddingSlot
+from postil.errors import InternalError
 from postil.kernels.adapted_linear import Group, adapted_linear
 from postil.kernels.layout import Spans
 
@@ -118,13 +119,15 @@ class AdaptedEmbedding:
 class ReplacedModule:
     """A module whose parameters an adapter replaces whole on its rows (modules_to_save, biases).
 
-    own: the module's forward from before `attach`; original: the one that other adapters may stand in.
+    own: the module's forward from before `attach`; original: the one that other adapters may stand in;
+    tokens_of: the tokens of the flat batch in force, None where every leading dimension counts as rows.
     """
 
     module: nn.Module
     own: Callable[..., torch.Tensor]
     original: Callable[..., torch.Tensor]
     spans_of: SpansOf
+    tokens_of: Callable[[], int | None]
     slots: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     _inside: bool = False
 
@@ -132,19 +135,21 @@ class ReplacedModule:
         """The module's output, each span's rows from that adapter's own parameters."""
         if self._inside:
             return self.own(x, *args, **kwargs)
-        ids = isinstance(self.module, nn.Embedding)
-        flat = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
-        spans = [item for item in self.spans_of(flat.shape[0]).items if item.slot in self.slots]
-        if len(spans) == 1 and (spans[0].start, spans[0].end) == (0, flat.shape[0]):
+        lead = x.shape if isinstance(self.module, nn.Embedding) else x.shape[:-1]
+        tokens = self.tokens_of()
+        rows = lead.numel() if tokens is None else tokens
+        spans = [item for item in self.spans_of(rows).items if item.slot in self.slots]
+        if len(spans) == 1 and (spans[0].start, spans[0].end) == (0, rows):
             return self._with(self.slots[spans[0].slot], x, *args, **kwargs)
         y = self.original(x, *args, **kwargs)
         if not spans:
             return y
-        out = y.reshape(flat.shape[0], y.shape[-1])
+        axis = 0 if tokens is None else _token_axis(x, len(lead), tokens)
+        inputs, out = x.movedim(axis, 0), y.movedim(axis, 0)
         for span in spans:
-            rows = self._with(self.slots[span.slot], flat[span.start : span.end], *args, **kwargs)
-            out = torch.cat([out[: span.start], rows, out[span.end :]])
-        return out.view(y.shape)
+            part = self._with(self.slots[span.slot], inputs[span.start : span.end], *args, **kwargs)
+            out = torch.cat([out[: span.start], part, out[span.end :]])
+        return out.movedim(0, axis)
 
     def _with(self, parameters: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         own = dict(self.module.named_parameters())
@@ -155,6 +160,15 @@ class ReplacedModule:
         finally:
             self._inside = False
         return result
+
+
+def _token_axis(x: torch.Tensor, lead: int, tokens: int) -> int:
+    """Which of the first `lead` dimensions counts the tokens: a norm of each head sees [1, tokens, heads, dim] or
+    [1, heads, tokens, dim]. Where the sizes are equal, tokens are the farther apart in memory."""
+    found = [axis for axis in range(lead) if x.shape[axis] == tokens]
+    if not found:
+        raise InternalError(f"a module saved whole was given {list(x.shape)}, where no dimension has {tokens} tokens")
+    return max(found, key=x.stride)
 
 
 def groups_of(model: nn.Module, path: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from postil.adapter.attach import attach, check_base, detach
 from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
 from postil.base import Base
+from postil.base.quiet import quiet
 from postil.errors import AdapterError, StorageError, listed
 from postil.files import atomic_directory, write_json
 
@@ -246,7 +247,7 @@ def _write(
     try:
         if untied:
             config.tie_word_embeddings = text.tie_word_embeddings = False
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory) as temporary, quiet():
             model.model.save_pretrained(temporary, state_dict=state)
             if model.base.tokenizer is not None:
                 model.base.tokenizer.save_pretrained(temporary)

@@ -175,7 +175,7 @@ class AdaptedModel:
             if path not in self._replaced:
                 module = self.model.get_submodule(path)
                 own = self._own_forward(module)
-                stand = ReplacedModule(module, own, module.forward, self.spans_of)
+                stand = ReplacedModule(module, own, module.forward, self.spans_of, self.tokens_of)
                 self._replaced[path] = stand
                 self._stand_in(module, stand.forward)
         for group, adapter_slot in resident.groups.items():
@@ -275,6 +275,10 @@ class AdaptedModel:
         if self.layout is not None:
             return self.layout.spans
         return self.spans_for(self.active, rows)
+
+    def tokens_of(self) -> int | None:
+        """The tokens of the flat batch in force; None in a plain call, and where the head is given chosen rows."""
+        return self.layout.tokens if self.layout is not None and self.spans_now is None else None
 
     def spans_for(self, weights: Mapping[str, float], end: int, start: int = 0, seed: int = 0) -> Spans:
         """Rows start..end with the named adapters at these weights."""

@@ -102,11 +102,21 @@ def load_adapter(directory: str | Path) -> Adapter:
     of its wrappers. Raises AdapterError naming the file, the field or the keys, and the mend.
     """
     path = Path(directory)
+    peft = read_config(path)
+    return assembled(path, peft, _read_weights(path), path / WEIGHTS)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """PEFT's configuration in an adapter directory, every field understood. Raises as load_adapter does."""
     peft = _read_json(_config_file(path))
     _check_fields(peft, path / CONFIG)
-    raw = _read_weights(path)
+    return peft
+
+
+def assembled(path: Path, peft: Mapping[str, Any], raw: Mapping[str, torch.Tensor], weights: Path) -> Adapter:
+    """The adapter in the directory `path` from its configuration and the tensors read from `weights`."""
     config = _config_from_peft(peft, path / CONFIG)
-    tensors = _normalised(raw, config, path / WEIGHTS)
+    tensors = _normalised(raw, config, weights)
     base: dict[str, str] = {}
     card: dict[str, Any] = {}
     base_name = str(peft.get("base_model_name_or_path") or "")
@@ -226,8 +236,9 @@ def _config_file(path: Path) -> Path:
     file = path / CONFIG
     if not file.is_file():
         inner = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG}"))
-        hint = f"; there is one in {listed(inner)}" if inner else f"; it holds {listed(_names_in(path))}"
-        raise AdapterError(f"{path} holds no {CONFIG}{hint}. Name a directory that PEFT or postil wrote.")
+        names = _names_in(path)
+        hint = f"there is one in {listed(inner)}" if inner else f"it holds {listed(names) if names else 'nothing'}"
+        raise AdapterError(f"{path} holds no {CONFIG}; {hint}. Name a directory that PEFT or postil wrote.")
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,12 +61,12 @@ class Coverage:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How the module maps its input, or None where no adapter fits."""
+    """How the module maps its input, or None where no adapter fits (as OPT's places, which are no ids)."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, Conv1D):
         return "conv1d"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and len(inspect.signature(type(module).forward).parameters) == 2:
         return "embedding"
     return None
 

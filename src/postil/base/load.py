@@ -63,12 +63,7 @@ class Base:
     @property
     def context(self) -> int | None:
         """The longest sequence in tokens, or None where the model sets no limit."""
-        text = self.config.get_text_config()
-        for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
-            value = getattr(text, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        return _context_of(self.config)
 
     @property
     def architecture(self) -> str:
@@ -108,6 +103,21 @@ def load_base(
     if not path.exists() and isinstance(source, str):
         path = _resolve_missing(source, path, code=trust_remote_code)
     return _open_directory(path, name, wanted, place, trust_remote_code)
+
+
+def open_tokenizer(directory: Path) -> tuple[Any, int | None]:
+    """The tokenizer and the context of a model directory, its weights left alone. Raises as load_base does."""
+    import transformers
+
+    config = read_config(directory)
+    refuse_code(directory, _configs_with_code(directory, config))
+    check_supported(config, directory, trust_remote_code=False)
+    try:
+        with quiet():
+            settings = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise BaseModelError(f"transformers cannot read the config of {directory}: {first_line(error)}") from error
+    return _load_tokenizer(directory, False), _context_of(settings)
 
 
 def base_from_model(model: Any, tokenizer: Any = None) -> Base:
@@ -185,11 +195,7 @@ def _open_directory(
 
     config = read_config(directory)
     if not trust_remote_code:
-        settings = directory / "tokenizer_config.json"
-        refuse_code(
-            directory,
-            {"config.json": config} | ({settings.name: read_object(settings)} if settings.is_file() else {}),
-        )
+        refuse_code(directory, _configs_with_code(directory, config))
     check_supported(config, directory, trust_remote_code=trust_remote_code)
     tensors = stored_tensors(directory)
     chosen = dtype or _stored_dtype(tensors, directory)
@@ -209,6 +215,21 @@ def _open_directory(
         raise BaseModelError(f"transformers cannot load {directory}: {first_line(error)}") from error
     check_keys(info, directory)
     return _finish(model, tokenizer, name, directory, device, directory=directory)
+
+
+def _configs_with_code(directory: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The JSON files that may name code of the directory's own, by file name."""
+    settings = directory / "tokenizer_config.json"
+    return {"config.json": config} | ({settings.name: read_object(settings)} if settings.is_file() else {})
+
+
+def _context_of(config: Any) -> int | None:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:

@@ -6,7 +6,16 @@ import sys
 
 import typer
 
-from postil.cli import adapter_commands, base_commands, data_commands, doctor_command, train_command, use_commands
+from postil.cli import (
+    adapter_commands,
+    base_commands,
+    convert_command,
+    data_commands,
+    demo_command,
+    doctor_command,
+    train_command,
+    use_commands,
+)
 from postil.errors import PostilError
 
 app = typer.Typer(
@@ -25,7 +34,9 @@ app.command()(use_commands.generate)
 app.command()(use_commands.chat)
 app.command()(adapter_commands.inspect)
 app.command()(adapter_commands.merge)
+app.command()(convert_command.convert)
 app.command()(doctor_command.doctor)
+app.command()(demo_command.demo)
 
 
 def main() -> None:

@@ -84,6 +84,7 @@ def merge(
     base: Annotated[str, typer.Option("--base", "-b", help="The base that the adapter belongs to.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the merged model directory goes.")],
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Take an adapter made for another base.")] = False,
 ) -> None:
     """Write base and adapter as one plain model directory that transformers loads without postil.
 
@@ -92,6 +93,10 @@ def merge(
     from postil.adapter.merge import export_merged
     from postil.adapter.peft_files import load_adapter
     from postil.base import load_base
+    from postil.files import check_vacant
 
+    check_vacant(out)
     loaded = load_adapter(adapter)
+    if force:
+        loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
     console.out.print(str(export_merged(load_base(base, dtype=dtype), loaded, out)), soft_wrap=True)

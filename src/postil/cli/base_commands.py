@@ -28,12 +28,14 @@ def list_() -> None:
 
     Example: postil base list
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from postil.base import list_entries
 
-    table = Table("name", "here", "parameters", "licence", "what", box=None)
-    for entry in list_entries():
+    entries = list_entries()
+    width = max(len(entry["name"]) for entry in entries)
+    table = Table(Column("name", min_width=width), "here", "parameters", "licence", "what", box=None)
+    for entry in entries:
         here = "yes" if entry["present"] else "no"
         table.add_row(entry["name"], here, f"{entry['parameters']:,}", entry["licence"], entry["summary"])
     console.out.print(table)

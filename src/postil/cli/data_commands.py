@@ -40,15 +40,13 @@ def tokenizer_of(base: str) -> tuple[Any, int | None]:
     """A base's tokenizer and context without its weights where it is a directory; else with them."""
     from pathlib import Path
 
-    from transformers import AutoTokenizer
-
     from postil.base import fetch, load_base
     from postil.base.catalog import names
+    from postil.base.load import open_tokenizer
 
     directory = fetch(base, progress=console.note) if base in names() else Path(base).expanduser()
-    if (directory / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        return tokenizer, tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    if directory.is_dir():
+        return open_tokenizer(directory)
     loaded = load_base(base)
     if loaded.tokenizer is None:
         raise BaseModelError(f"{base}: no tokenizer was found beside the model; data cannot be read without one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     from_adapter: Annotated[str | None, typer.Option(help="Continue from an adapter's values.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, e.g. lora.r=16.")] = None,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Put bad lines into DATA.bad.jsonl and go on.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
 ) -> None:
     """Train an adapter beside a frozen base (or, with --method full, the whole base).
@@ -42,7 +46,8 @@ def train(
     flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out)}
     values |= {key: value for key, value in flags.items() if value is not None}
     inner = {"method": method, "learning_rate": learning_rate, "epochs": epochs}
-    values["training"] = dict(values.get("training") or {}) | {k: v for k, v in inner.items() if v is not None}
+    _override(values, "training", {key: value for key, value in inner.items() if value is not None})
+    _override(values, "rows", {"skip_bad_lines": True} if skip_bad_lines else {})
     values.setdefault("out", f"runs/{Path(str(values.get('data', 'run'))).name.split('.')[0]}")
     plan = Recipe.parse(with_settings(values, set_ or []))
     job = prepare(plan)
@@ -51,6 +56,12 @@ def train(
         return
     outcome = _with_progress(job)
     _finish(job, outcome)
+
+
+def _override(values: dict[str, Any], group: str, flags: dict[str, Any]) -> None:
+    """Flags over a group of a recipe's keys; what is no group there is left for the recipe's own check."""
+    here = values.get(group) or {}
+    values[group] = here | flags if isinstance(here, dict) else here
 
 
 def _tell(job: Job) -> None:
@@ -96,5 +107,6 @@ def _finish(job: Job, outcome: Outcome) -> None:
     held = (
         "" if outcome.valid_loss is None else f", held-out loss {outcome.valid_loss:.4f} at step {outcome.best_step}"
     )
-    console.note(f"{outcome.steps} steps, last loss {outcome.loss:.4f}{held}")
+    done = "finished before" if math.isnan(outcome.loss) else f"last loss {outcome.loss:.4f}"
+    console.note(f"{outcome.steps} steps, {done}{held}")
     console.out.print(str(out / ("model" if job.recipe.training.method == "full" else "adapter")), soft_wrap=True)

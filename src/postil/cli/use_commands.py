@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from postil import console
-from postil.errors import RequestError, nearest
+from postil.errors import RequestError
 
 if TYPE_CHECKING:
     from postil.engine import Engine, Request
@@ -24,8 +23,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
-REQUEST_KEYS = ("prompt", "messages", "tools", "adapter", "max_new_tokens", "temperature", "top_p", "top_k", "seed",
-                "stop", "raw")  # fmt: skip
+Force = Annotated[bool, typer.Option("--force", help="Take adapters made for another base.")]
 
 
 def generate(
@@ -41,19 +39,22 @@ def generate(
     seed: Annotated[int, typer.Option(help="Decides sampled answers.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
     """Answer a prompt, or every line of a file in one batch.
 
     A line of --requests: {"prompt": "…", "adapter": "support"} (no adapter: the bare base).
     Example: postil generate "Where is my order?" --base smollm2-135m-instruct --adapter runs/support/adapter
     """
+    from postil.cli.requests_file import read_requests
     from postil.engine import Request
 
     if (prompt is None) == (requests is None):
         raise RequestError('give a prompt or --requests FILE, for example: postil generate "Hello" --base B')
-    with _engine(base, adapter, dtype, device) as engine:
+    defaults = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
+    asked = read_requests(requests, defaults) if requests is not None else []
+    with _engine(base, adapter, dtype, device, force) as engine:
         if requests is not None:
-            asked = list(_read_requests(requests, {"max_new_tokens": max_new_tokens, "temperature": temperature}))
             for answer in engine.run(asked):
                 fields = {"text": answer.text, "adapter": answer.adapter, "finish_reason": answer.finish_reason,
                           "prompt_tokens": answer.prompt_tokens, "new_tokens": len(answer.ids)}  # fmt: skip
@@ -72,6 +73,7 @@ def chat(
     temperature: Temperature = 0.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
     """Talk with the base and its note; an empty line or Ctrl-D ends.
 
@@ -80,7 +82,7 @@ def chat(
     from postil.engine import Request
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    with _engine(base, adapter, dtype, device) as engine:
+    with _engine(base, adapter, dtype, device, force) as engine:
         while True:
             try:
                 text = console.err.input("[bold]you[/bold]  ").strip()
@@ -94,7 +96,7 @@ def chat(
             messages.append({"role": "assistant", "content": _print_stream(engine, asked)})
 
 
-def _engine(base: str, adapters: list[str] | None, dtype: str, device: str) -> Engine:
+def _engine(base: str, adapters: list[str] | None, dtype: str, device: str, force: bool) -> Engine:
     from postil.adapter.peft_files import load_adapter
     from postil.base import load_base
     from postil.engine import Engine
@@ -103,7 +105,10 @@ def _engine(base: str, adapters: list[str] | None, dtype: str, device: str) -> E
     for given in adapters or []:
         name, mark, path = given.partition("=")
         place = Path(path if mark else given)
-        named[name if mark else _name_of(place)] = load_adapter(place)
+        loaded = load_adapter(place)
+        if force:
+            loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
+        named[name if mark else _name_of(place)] = loaded
     return Engine(load_base(base, dtype=dtype, device=device), adapters=named)
 
 
@@ -128,27 +133,3 @@ def _print_stream(engine: Engine, request: Request) -> str:
         pieces.append(piece)
     typer.echo("")
     return "".join(pieces)
-
-
-def _read_requests(path: Path, defaults: dict[str, Any]) -> Iterator[Request]:
-    from postil.engine import Request
-
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise RequestError(f"{path}, line {number}: a request is an object such as {{'prompt': 'Hello'}}")
-        for key in value:
-            if key not in REQUEST_KEYS:
-                raise RequestError(f"{path}, line {number}: unknown key {key!r}{nearest(key, REQUEST_KEYS)}")
-        value = defaults | value
-        value["stop"] = tuple(value.get("stop") or ())
-        yield Request(**value)

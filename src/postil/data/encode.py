@@ -75,11 +75,15 @@ def draft_chat(row: int, chat: Chat, tokenizer: Any, learn: Literal["all", "last
 
 
 def _draft(row: int, text: str, spans: tuple[tuple[int, int, float], ...], close: bool) -> Draft:
+    _check_text(text)
+    return Draft(row, text, spans, close)
+
+
+def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
         raise DataError(f"the text holds half a surrogate pair ({text[problem.start]!a}), which is no text") from None
-    return Draft(row, text, spans, close)
 
 
 def _turn_span(chat: Chat, index: int, whole: str, tokenizer: Any) -> tuple[int, int]:
@@ -134,7 +138,11 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a rendered conversation or raw prompt, as in training: one BOS, no end of sequence."""
+    """Token ids of a rendered conversation or raw prompt, as in training: one BOS, no end of sequence.
+
+    Raises DataError for what UTF-8 cannot hold.
+    """
+    _check_text(text)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     leading = leading_ids(tokenizer)
     return ids if ids[: len(leading)] == leading else leading + ids

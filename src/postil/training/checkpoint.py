@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from postil.errors import RunError, StorageError
+from postil.errors import RunError
 from postil.files import atomic_directory, remove_leftovers, sha256_file, write_json
 from postil.training.optimizer import AdamW
 
@@ -54,7 +54,7 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
         try:
             save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / TENSORS)
         except SafetensorError as error:
-            raise StorageError(f"{directory} could not be written ({error}); free some space and resume") from error
+            raise OSError(f"{TENSORS}: {error}") from error  # its way to say that the disk is full
         manifest = {
             "step": progress.step,
             "optimizer_step": optimizer.step,

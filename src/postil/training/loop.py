@@ -110,7 +110,7 @@ def run(
                         f"{listed(row for pack in packs for row in pack.rows)}; checkpoints before this step are kept"
                     )
                 if step == 1 and resident is not None:
-                    _check_gradients(resident)
+                    notes += _check_gradients(resident)
                 norm, rate = optimizer.update()
                 progress.step = step
                 seconds = time.perf_counter() - started
@@ -241,20 +241,24 @@ def _keep_best(progress: Progress, loss: float, step: int, weights: Trainable) -
         progress.since_best += 1
 
 
-def _check_gradients(resident: Resident) -> None:
-    """After the first backward pass every adapted module must have moved its B (B starts at zero, A does not)."""
-    still = []
+def _check_gradients(resident: Resident) -> list[str]:
+    """After the first backward pass every adapted module must have moved its B (B starts at zero, A does not).
+
+    Experts that no token was sent to are no fault: they are named in the notes returned.
+    """
+    still, idle = list[str](), list[str]()
     for target in resident.targets:
         leaf = resident.leaves[f"{target.path}.b"]
         other = resident.leaves.get(f"{target.path}.a")
         moved = any(part is not None and part.grad is not None and bool(part.grad.any()) for part in (leaf, other))
-        if not moved and "expert" not in target.path:
-            still.append(target.path)
+        if not moved:
+            (idle if "expert" in target.path else still).append(target.path)
     if still:
         raise AdapterError(
             f"{len(still)} of {len(resident.targets)} adapted modules got no gradient in the first step: "
             f"{listed(still)}; the model does not use them as expected, leave them out of target_modules"
         )
+    return [f"{len(idle)} experts got no token in the first step: {listed(idle)}"] if idle else []
 
 
 @contextmanager

@@ -23,24 +23,24 @@ class TrainOptions(Settings):
     where: ClassVar[str] = "training"
 
     method: Literal["lora", "full"] = "lora"
-    learning_rate: float | None = Field(None, gt=0)
-    epochs: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
-    accumulation: int = Field(1, ge=1)
-    pack_tokens: int = Field(4096, ge=16)
+    learning_rate: float | None = Field(default=None, gt=0)
+    epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    pack_tokens: int = Field(default=4096, ge=16)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: int = Field(20, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
+    warmup: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     gradient_checkpointing: bool = False
-    valid_every: int | None = Field(None, ge=1)
-    checkpoint_every: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    patience: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    valid_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
 
     @property
     def rate(self) -> float:

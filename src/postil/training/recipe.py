@@ -12,6 +12,7 @@ from pydantic import Field
 
 from postil.adapter import AdaptedModel, Adapter, LoraConfig, attach
 from postil.base import Base, load_base
+from postil.base.quiet import quiet
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
 from postil.errors import RecipeError, RunError
 from postil.files import atomic_directory, write_text
@@ -30,7 +31,7 @@ class Recipe(Settings):
     data: str
     out: str
     valid: str | None = None
-    valid_share: float = Field(0.05, ge=0, lt=1)
+    valid_share: float = Field(default=0.05, ge=0, lt=1)
     dtype: str = "auto"
     device: str = "auto"
     from_adapter: str | None = None
@@ -66,8 +67,10 @@ def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]
             if not isinstance(inner, dict):
                 raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
             place = inner
-        value = yaml.safe_load(text)
-        place[last] = _number(value)
+        try:
+            place[last] = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
     return out
 
 
@@ -152,7 +155,7 @@ def _run(job: Job, watch: Watcher | None) -> Outcome:
 
 def _save_model(job: Job, directory: Path) -> None:
     """A fully fine-tuned model as a Hugging Face directory."""
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory) as temporary, quiet():
         job.base.model.save_pretrained(temporary)
         if job.base.tokenizer is not None:
             job.base.tokenizer.save_pretrained(temporary)

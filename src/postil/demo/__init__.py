@@ -1,0 +1,5 @@
+"""The demo: three teams, three notes, one base; trained, scored and answering together in one batch."""
+
+from postil.demo.run import Demo, run_demo
+
+__all__ = ["Demo", "run_demo"]

@@ -1,0 +1,194 @@
+"""The demo's story: train three adapters, score them against the bare base, answer for all in one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from postil.adapter import LoraConfig, attach, detach
+from postil.adapter.model import AdaptedModel
+from postil.adapter.peft_files import save_adapter
+from postil.base import Base, live_digest, load_base
+from postil.data import load_data
+from postil.demo.report import write_report
+from postil.demo.scores import Gain, gain, general_windows, mean_nats, row_losses
+from postil.demo.teams import TEAMS, Team
+from postil.engine import Engine
+from postil.files import write_json
+from postil.training import train
+
+BASE = "smollm2-135m-instruct"
+GENERAL_TOKENS = 8_192
+SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "schedule": "linear", "warmup": 10, "batch_size": 8}
+
+Tell = Callable[[str], None]
+Watch = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class TeamResult:
+    """What one team got: scores of base and adapter, losses in nats per token, the curve, some answers."""
+
+    team: Team
+    seconds: float
+    rows: int
+    base_score: float = 0.0
+    score: float = 0.0
+    base_loss: float = 0.0
+    loss: float = 0.0
+    gain: Gain = field(default_factory=lambda: Gain(0.0, 0.0, 0.0))
+    general: float = 0.0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    answers: list[tuple[str, str, str, str]] = field(default_factory=list)  # asked, wanted, base, adapter
+
+    @property
+    def better(self) -> bool:
+        """Measurably: the loss gain's whole interval above zero, and the score above the base's."""
+        return self.gain.real and self.score > self.base_score
+
+
+@dataclass(slots=True)
+class Demo:
+    """The whole result."""
+
+    teams: list[TeamResult]
+    base_general: float
+    general_tokens: int
+    digest_before: str
+    digest_after: str
+    seconds: float
+    adapter_bytes: int
+    batch_rows: int
+    batch_seconds: float
+    report: Path
+
+    @property
+    def good(self) -> bool:
+        """All three better, and the base's live tensors bit for bit as before."""
+        return all(result.better for result in self.teams) and self.digest_before == self.digest_after
+
+
+def run_demo(
+    out: str | Path, *, device: str = "cpu", tell: Tell = lambda _: None, watch: Watch | None = None
+) -> Demo:
+    """Run the demo into directory `out` (adapters, report.html, result.json)."""
+    began = time.perf_counter()
+    out = Path(out)
+    base = load_base(BASE, dtype="bfloat16", device=device)
+    before = live_digest(base.model)
+    model = attach(base)
+    results = [_trained(model, team, out, tell, watch) for team in TEAMS]
+    tell("scoring the losses of base and adapters on test rows and general text")
+    windows = general_windows(model, GENERAL_TOKENS)
+    base_general = mean_nats(row_losses(model, windows, None))
+    for result in results:
+        samples = load_data(result.team.rows("test"), base, result.team.options).samples
+        bare = row_losses(model, samples, None)
+        mine = row_losses(model, samples, result.team.name)
+        result.base_loss, result.loss, result.gain = mean_nats(bare), mean_nats(mine), gain(bare, mine)
+        result.general = mean_nats(row_losses(model, windows, result.team.name))
+    tell("answering for all three teams and for the bare base in one batch")
+    rows, seconds = _answered(model, results)
+    after = live_digest(model.model)
+    detach(model)
+    demo = Demo(
+        teams=results,
+        base_general=base_general,
+        general_tokens=sum(len(window.ids) for window in windows),
+        digest_before=before,
+        digest_after=after if after == live_digest(base.model) else "changed at detach",
+        seconds=time.perf_counter() - began,
+        adapter_bytes=sum(path.stat().st_size for path in (out / TEAMS[0].name).iterdir()),
+        batch_rows=rows,
+        batch_seconds=seconds,
+        report=out / "report.html",
+    )
+    write_report(demo, base_facts(base))
+    write_json(out / "result.json", summary(demo))
+    return demo
+
+
+def base_facts(base: Base) -> dict[str, str]:
+    """What the report says of the base."""
+    count = sum(parameter.numel() for parameter in base.model.parameters())
+    return {"name": base.source, "parameters": f"{count / 1e6:.1f} M", "fingerprint": base.fingerprint().source}
+
+
+def _trained(model: AdaptedModel, team: Team, out: Path, tell: Tell, watch: Watch | None) -> TeamResult:
+    data = load_data(team.rows("train"), model.base, team.options)
+    tell(f"{team.title}: {len(data.samples)} rows, {data.report.tokens * team.epochs:,} tokens to learn from")
+    attach(model, LoraConfig(), name=team.name, seed=0)
+    curve: list[tuple[int, float]] = []
+
+    def note(event: dict[str, Any]) -> None:
+        curve.append((event["step"], event["loss"]))
+        if watch is not None:
+            watch(team.title, event)
+
+    began = time.perf_counter()
+    adapter = train(model, data, name=team.name, epochs=team.epochs, watch=note, **SETTINGS)
+    seconds = time.perf_counter() - began
+    assert adapter is not None
+    save_adapter(adapter, out / team.name)
+    return TeamResult(team, seconds, len(data.samples), curve=curve)
+
+
+def _answered(model: AdaptedModel, results: list[TeamResult]) -> tuple[int, float]:
+    """Every test row asked of its adapter and of the bare base, all in one engine run."""
+    requests, places = [], []
+    for result in results:
+        rows = result.team.rows("test")
+        for adapter in (None, result.team.name):
+            requests += [result.team.request(row, adapter) for row in rows]
+            places += [(result, adapter)] * len(rows)
+    began = time.perf_counter()
+    with Engine(model, max_batch=64) as engine:
+        answers = engine.run(requests)
+    seconds = time.perf_counter() - began
+    for result in results:
+        rows = result.team.rows("test")
+        bare, mine = (
+            [a.text for a, place in zip(answers, places, strict=True) if place == (result, adapter)]
+            for adapter in (None, result.team.name)
+        )
+        result.base_score = result.team.score(bare, rows)
+        result.score = result.team.score(mine, rows)
+        result.answers = [
+            (
+                row.get("prompt") or row["messages"][0]["content"],
+                result.team.wanted(row),
+                bare[i].strip(),
+                mine[i].strip(),
+            )
+            for i, row in enumerate(rows[:6])
+        ]
+    return len(requests), seconds
+
+
+def summary(demo: Demo) -> dict[str, Any]:
+    """The figures as plain data."""
+    return {
+        "good": demo.good,
+        "seconds": round(demo.seconds, 1),
+        "base_unchanged": demo.digest_before == demo.digest_after,
+        "general": {"tokens": demo.general_tokens, "base": round(demo.base_general, 4)},
+        "batch": {"requests": demo.batch_rows, "seconds": round(demo.batch_seconds, 1)},
+        "teams": {
+            result.team.name: {
+                "train_rows": result.rows,
+                "train_seconds": round(result.seconds, 1),
+                "measure": result.team.measure,
+                "base_score": round(result.base_score, 1),
+                "score": round(result.score, 1),
+                "base_nats": round(result.base_loss, 4),
+                "nats": round(result.loss, 4),
+                "gain_interval": [round(result.gain.low, 4), round(result.gain.high, 4)],
+                "general_nats": round(result.general, 4),
+                "better": result.better,
+            }
+            for result in demo.teams
+        },
+    }

@@ -1,0 +1,163 @@
+"""postil generate and chat: one prompt, a file of requests in one batch, a conversation, and each wrong input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def generate(base: Path) -> tuple[Any, ...]:
+    return ("generate", "--base", base, "-n", 6)
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Any:
+    """ask(line, ...): a file of requests."""
+
+    def write(*lines: Any) -> Path:
+        path = tmp_path / "ask.jsonl"
+        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+def answers(result: Any) -> list[dict[str, Any]]:
+    assert result.code == 0, result
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def test_a_prompt_is_answered_with_and_without_a_note(
+    postil: Any, generate: Any, adapter: Path, changed: Any
+) -> None:
+    def strong(tensors: dict[str, Any]) -> None:
+        for key, value in tensors.items():
+            if ".lora_B" in key:
+                value.mul_(500)
+
+    note = changed(adapter, "adapter_model.safetensors", strong)
+    bare = postil(*generate, "Hello")
+    noted = postil(*generate, "Hello", "--adapter", note)
+    assert (bare.code, noted.code) == (0, 0)
+    assert bare.out.endswith("\n")
+    assert bare.out != noted.out
+    assert postil(*generate, "Hello").out == bare.out
+
+
+def test_sampling_is_decided_by_its_seed(postil: Any, generate: Any) -> None:
+    outs = [postil(*generate, "Hello", "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_a_file_of_requests_is_one_batch(postil: Any, generate: Any, adapter: Path, ask: Any) -> None:
+    lines = [
+        {"prompt": "a", "adapter": "one"},
+        {"prompt": "a"},
+        {"prompt": "b", "adapter": "run", "max_new_tokens": 2},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt": "a", "raw": True},
+    ]
+    words = ("--adapter", f"one={adapter}", "--adapter", adapter, "--requests", ask(*lines))
+    found = answers(postil(*generate, *words))
+    assert [answer["adapter"] for answer in found] == ["one", None, "run", None, None]
+    assert [answer["new_tokens"] for answer in found] == [6, 6, 2, 6, 6]
+    assert [answer["prompt_tokens"] for answer in found] == [20, 20, 20, 20, 1]
+    assert found[1]["text"] == found[3]["text"]
+    assert found[1]["finish_reason"] == "length"
+
+
+def test_the_options_stand_in_for_what_a_line_leaves_out(postil: Any, generate: Any, ask: Any) -> None:
+    file = ask({"prompt": "a"}, {"prompt": "a", "max_new_tokens": 1, "raw": False, "temperature": 0})
+    (first, second) = answers(postil(*generate, "--raw", "--temperature", 3, "--seed", 4, "--requests", file))
+    assert (first["prompt_tokens"], first["new_tokens"]) == (1, 6)
+    assert (second["prompt_tokens"], second["new_tokens"]) == (20, 1)
+    (seeded,) = answers(
+        postil(*generate, "--raw", "--temperature", 3, "--seed", 5, "--requests", ask({"prompt": "a"}))
+    )
+    assert seeded["text"] != first["text"]
+
+
+def test_chat_keeps_the_conversation(
+    postil: Any, base: Path, generate: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "one"}]
+    (first,) = answers(postil(*generate, "--requests", ask({"messages": messages})))
+    messages += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": "two"}]
+    (second,) = answers(postil(*generate, "--requests", ask({"messages": messages})))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))  # an empty line ends
+    result = postil("chat", "--base", base, "-n", 6, "--system", "Be kind.")
+    assert (result.code, result.out) == (0, f"{first['text']}\n{second['text']}\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))  # so does Ctrl-D
+    assert postil("chat", "--base", base, "-n", 6, "--system", "Be kind.").out == result.out
+
+
+def test_a_note_of_another_base(postil: Any, refusal: Any, base: Path, adapter: Path, changed: Any) -> None:
+    other = changed(base, "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
+    for words in (("generate", "hi", "-n", 2, "-a", adapter), ("merge", adapter, "--out", other / "merged")):
+        message = refusal(*words, "--base", other)
+        assert message.startswith(f"the adapter belongs to another base: it was made for {base} (sha256:")
+        assert f"this is {other} (sha256:" in message
+        assert "--force" in message
+    assert postil("generate", "hi", "-n", 2, "-a", adapter, "--base", other, "--force").code == 0
+    assert postil("merge", adapter, "--base", other, "--out", other / "merged", "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"prompt": "a", "adapter": "rnu"}, "request 1: no adapter 'rnu' (did you mean 'run'?); there are: run"),
+        ({"promt": "a"}, "ask.jsonl:1: request: unknown key 'promt' (did you mean 'prompt'?)"),
+        ({"prompt": 3}, "ask.jsonl:1: request: prompt: Input should be a valid string (found 3)"),
+        ({"prompt": "a", "stop": "b"}, "ask.jsonl:1: request: stop: Input should be a valid list (found 'b')"),
+        ({"prompt": "a", "temperature": "x"}, "ask.jsonl:1: request: temperature: Input should be a valid number"),
+        (
+            {"prompt": "a", "max_new_tokens": 1.5},
+            "request: max_new_tokens: Input should be a valid integer (found 1.5)",
+        ),
+        (
+            {"messages": [{"role": "usr", "content": "x"}]},
+            "message 1 has the unknown role 'usr' (did you mean 'user'?)",
+        ),
+        ({"prompt": "a\ud800"}, "request 1: the text holds half a surrogate pair ('\\ud800'), which is no text"),
+        ({"prompt": "x" * 200}, "219 prompt tokens and 6 new ones do not fit the base's context of 128"),
+        ({"adapter": "run"}, "request 1 gives none: give one of ids, prompt and messages"),
+        ("[1]", 'ask.jsonl:1: a request is an object such as {"prompt": "Hello"}'),
+        ('{"prompt"', "ask.jsonl:1: not JSON (Expecting ':' delimiter"),
+        ("", "ask.jsonl holds no request; write one a line"),
+    ],
+)
+def test_wrong_requests(refusal: Any, generate: Any, adapter: Path, ask: Any, line: Any, said: str) -> None:
+    assert said in refusal(*generate, "--adapter", adapter, "--requests", ask(line))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give a prompt or --requests FILE, for example: postil generate"),
+        (["hi", "--requests", "x.jsonl"], "give a prompt or --requests FILE"),
+        (["--requests", "no.jsonl"], "no.jsonl cannot be read: No such file"),
+        (["hi", "--device", "cdua"], "'cdua' is no device (did you mean 'cuda'?)"),
+        (["hi", "--dtype", "bfloat61"], "'bfloat61' is no dtype for a base (did you mean 'bfloat16'?)"),
+        (["hi", "-n", "0"], "request 1: max_new_tokens must be at least 1"),
+        (["hi", "--temperature", "-1"], "request 1: temperature must be a number from 0"),
+        (["hi", "--adaptor", "x"], "No such option: --adaptor (Possible options: --adapter)"),
+        (
+            ["hi", "--adapter", "no-such-place"],
+            "no-such-place does not exist; name a directory that holds adapter_config",
+        ),
+        (["a\udcff"], "request 1: the text holds half a surrogate pair"),
+    ],
+)
+def test_slips_in_options(refusal: Any, generate: Any, words: list[str], said: str) -> None:
+    assert said in refusal(*generate, *words)
+
+
+def test_several_notes_for_one_prompt(refusal: Any, generate: Any, adapter: Path) -> None:
+    message = refusal(*generate, "hi", "-a", adapter, "-a", f"b={adapter}")
+    assert message == "several adapters were given for one prompt; give one, or name them in --requests"
