@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """POSTIL_HOME is temporary unless the test is marked `base`; two threads, as on the smallest machine."""
-    torch.set_num_threads(2)
+    """POSTIL_HOME is temporary unless the test is marked `base`; one thread: tiny models gain nothing from more."""
+    torch.set_num_threads(1)
     if request.node.get_closest_marker("base") is None:
         monkeypatch.setenv("POSTIL_HOME", str(tmp_path / "home"))

@@ -80,6 +80,7 @@ def test_a_dry_run_writes_nothing(postil: Any, train: Any, rows: Path, tmp_path:
     result = postil(*train, rows, "--dry-run")
     assert result.code == 0
     assert "20 samples" in result.err
+    assert "minutes on this machine; nothing was trained" in result.err
     assert not (tmp_path / "out").exists()
 
 

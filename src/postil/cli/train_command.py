@@ -53,6 +53,7 @@ def train(
     job = prepare(plan)
     _tell(job)
     if dry_run:
+        console.note(f"about {job.seconds() / 60:.1f} minutes on this machine; nothing was trained")
         return
     outcome = _with_progress(job)
     _finish(job, outcome)

@@ -55,6 +55,23 @@ def write_report(demo: Demo, base: dict[str, str]) -> None:
     )
 
 
+def picture(demo: Demo) -> str:
+    """The curves of all three teams side by side as one SVG, for a page that cannot hold HTML."""
+    width = 340
+    panels = []
+    for index, result in enumerate(demo.teams):
+        inner = _figure(result).partition("<svg")[2].partition(">")[2].partition("</svg>")[0]
+        said = f"{result.team.name}: {result.team.measure} {result.base_score:.0f} → {result.score:.0f}"
+        panels.append(
+            f'<g transform="translate({index * width},24)"><text x="34" y="-8" font-size="13" fill="currentColor">'
+            f"{escape(said)}</text>{inner.replace('var(--note)', '#a3341f')}</g>"
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(demo.teams)} 210" '
+        f'font-family="Georgia, serif" color="#333" style="background:#fdfcf8">{"".join(panels)}</svg>\n'
+    )
+
+
 def _table(demo: Demo) -> str:
     rows = []
     for result in demo.teams:

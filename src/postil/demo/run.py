@@ -13,11 +13,11 @@ from postil.adapter.model import AdaptedModel
 from postil.adapter.peft_files import save_adapter
 from postil.base import Base, live_digest, load_base
 from postil.data import load_data
-from postil.demo.report import write_report
+from postil.demo.report import picture, write_report
 from postil.demo.scores import Gain, gain, general_windows, mean_nats, row_losses
 from postil.demo.teams import TEAMS, Team
 from postil.engine import Engine
-from postil.files import write_json
+from postil.files import write_json, write_text
 from postil.training import train
 
 BASE = "smollm2-135m-instruct"
@@ -107,6 +107,7 @@ def run_demo(
         report=out / "report.html",
     )
     write_report(demo, base_facts(base))
+    write_text(out / "curves.svg", picture(demo))
     write_json(out / "result.json", summary(demo))
     return demo
 

@@ -17,7 +17,7 @@ from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
 from postil.errors import RecipeError, RunError
 from postil.files import atomic_directory, write_text
 from postil.settings import Settings
-from postil.training.loop import Outcome, Watcher, run
+from postil.training.loop import Outcome, Watcher, run, seconds_per_run
 from postil.training.options import TrainOptions
 
 
@@ -98,6 +98,10 @@ class Job:
     def run(self, watch: Watcher | None = None) -> Outcome:
         """Train, then write the adapter (or the model) into the run directory."""
         return _run(self, watch)
+
+    def seconds(self) -> float:
+        """About how long `run` will take on this machine, from one step's gradients."""
+        return seconds_per_run(self.model, self.training, "default", self.recipe.training)
 
 
 def prepare(recipe: Recipe) -> Job:
