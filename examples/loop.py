@@ -28,7 +28,7 @@ for epoch in range(1):
             with model.using(Layout.packed(pack.lengths, spans)):
                 total, _, _ = model.loss(ids, positions, weights / targets)
                 total.backward()
-            loss += float(total)
+            loss += total.item()
         torch.nn.utils.clip_grad_norm_(note.leaves.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # the gradient views stay where they are

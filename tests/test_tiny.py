@@ -81,7 +81,7 @@ def test_the_whole_life_of_a_note(directory: Path, tmp_path: Path) -> None:
     postil.unmerge(model)
     assert live_digest(postil.detach(model).model) == digest
 
-    whole = postil.export_merged(base, loaded, tmp_path / "whole")
+    whole = postil.export_merged(base, loaded, tmp_path / "whole").path
     with postil.Engine(postil.load_base(whole)) as engine:
         assert engine.chat(QUESTION, max_new_tokens=20) == ANSWER
     assert live_digest(base.model) == digest

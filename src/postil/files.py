@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from postil.errors import StorageError
 
 _TEMPORARY = ".postil-tmp-"
+_OLD = ".postil-old-"
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -60,15 +62,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """As atomic_file, for a directory: written beside, every file synced, then renamed to `path`.
+def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+    """As atomic_file, for a directory: written beside, every file synced, then put at `path` in one move.
 
-    An existing directory at `path` is moved aside first and removed after the rename, so that a reader
-    finds the old or the new one, whole.
+    An existing directory is replaced only where it is empty, or holds the file `marker` and no folder: what
+    postil wrote itself. Where the system can exchange two names, a reader finds the old or the new one at
+    every moment; elsewhere a kill between two renames is mended by `remove_leftovers`.
     """
     target = Path(path)
+    if not (marker is not None and _is_own(target, marker)):
+        check_vacant(target)
     temporary = _temporary_beside(target)
-    old: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -76,26 +80,41 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         for inner in sorted(temporary.rglob("*"), reverse=True):
             _fsync(inner)
         _fsync(temporary)
-        if target.exists():
-            old = _temporary_beside(target)
-            os.replace(target, old)
-        os.replace(temporary, target)
+        _put(temporary, target)
         _fsync(target.parent)
     except OSError as error:
-        _restore(old, target)
         _remove(temporary)
         raise _storage_error(target, error) from error
     except BaseException:
-        _restore(old, target)
         _remove(temporary)
         raise
-    if old is not None:
+
+
+def _is_own(target: Path, marker: str) -> bool:
+    return (target / marker).is_file() and not any(inner.is_dir() for inner in target.iterdir())
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Give `temporary` the name `target`; what stood there is removed afterwards."""
+    if not target.exists():
+        os.replace(temporary, target)
+    elif _exchange(temporary, target):
+        _remove(temporary)  # the old one, under the new one's temporary name
+    else:
+        old = target.with_name(f"{_OLD}{target.name}")
+        _remove(old)
+        os.replace(target, old)
+        os.replace(temporary, target)
         _remove(old)
 
 
-def _restore(old: Path | None, target: Path) -> None:
-    if old is not None and not target.exists():
-        os.replace(old, target)
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names at once (Linux renameat2, RENAME_EXCHANGE); False where that cannot be done."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return int(call(here, os.fsencode(first), here, os.fsencode(second), exchange)) == 0
 
 
 def _storage_error(target: Path, error: OSError) -> StorageError:
@@ -119,7 +138,16 @@ def check_vacant(path: str | Path) -> None:
 
 
 def remove_leftovers(directory: str | Path) -> int:
-    """Remove what writers killed inside `directory` left under temporary names; returns how many."""
+    """Remove what writers killed inside `directory` left under temporary names; returns how many.
+
+    A directory that was moved aside for a new one that never came gets its name back first.
+    """
+    for old in Path(directory).glob(f"{_OLD}*"):
+        target = old.with_name(old.name.removeprefix(_OLD))
+        if not target.exists():
+            os.replace(old, target)
+        else:
+            _remove(old)
     left = list(Path(directory).glob(f"{_TEMPORARY}*"))
     for path in left:
         _remove(path)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import base_from_model, live_digest
-from postil.errors import AdapterError, InternalError
+from postil.data import template_hash
+from postil.errors import AdapterError, BaseModelError, InternalError
 from postil.kernels.layout import Layout, Span, Spans, positions_of
 
 
@@ -63,6 +65,14 @@ def test_a_model_that_the_user_loaded_is_frozen(lab: Any) -> None:
     assert model.base.tokenizer is None
     assert attach(lab.tiny("opt")).residents == {}
     assert attach(base_from_model(lab.tiny())).active == {}
+
+
+def test_a_recurrent_model_that_the_user_loaded_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = transformers.MambaForCausalLM(config).train()
+    with pytest.raises(BaseModelError, match=r"recurrent \(state-space\) model \(mamba\)"):
+        attach(model, LoraConfig(target_modules=("in_proj",)))
+    assert model.training
 
 
 def test_enabling_and_disabling(lab: Any) -> None:
@@ -126,6 +136,71 @@ def test_members_of_a_group_never_answer_for_another_input(lab: Any) -> None:
     changed = attention.k_proj(x)
     assert torch.equal(changed, attention.k_proj(x.clone()))
     assert not torch.allclose(changed, expected)
+
+
+def test_values_changed_in_place_between_two_members_count(lab: Any) -> None:
+    model = attach(lab.tiny(), LoraConfig())
+    lab.scramble(model)
+    attention = model.model.get_submodule("model.layers.0.self_attn")
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    attention.q_proj(x)
+    model.resident("default").flat.mul_(2)
+    assert torch.equal(attention.k_proj(x), attention.k_proj(x.clone()))
+
+
+def test_a_plain_call_that_fails_keeps_no_activation(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(lab.tiny(), LoraConfig())
+    lab.scramble(model)
+    attention = model.model.get_submodule("model.layers.1.self_attn")
+    inputs = []
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        inputs.append(weakref.ref(x))
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setitem(attention.k_proj.__dict__, "forward", broken)
+        with pytest.raises(MemoryError) as caught:
+            lab.plain(model, lab.ids)
+    assert inputs[0]() is not None
+    del caught
+    gc.collect()
+    assert inputs[0]() is None
+    assert lab.plain(model, lab.ids).isfinite().all()
+
+
+def test_a_detached_model_says_so(lab: Any) -> None:
+    base = lab.tiny()
+    model = attach(base, LoraConfig())
+    model.checkpointing = True
+    detach(model)
+    assert (model.checkpointing, model.attention_calls, model.active, model.residents) == (False, 0, {}, {})
+    for action in (
+        lambda: model.activate("default"),
+        lambda: model.activate(),
+        lambda: model.add("other", LoraConfig()),
+        lambda: model.remove("default"),
+        lambda: model.export("default"),
+        lambda: model.disabled().__enter__(),
+        lambda: model.using(Layout.packed((3,))).__enter__(),
+        lambda: attach(model, LoraConfig()),
+        lambda: attach(model),
+        lambda: detach(model),
+    ):
+        with pytest.raises(AdapterError, match="is detached from its base; attach"):
+            action()
+    detach(attach(base, LoraConfig()))
+
+
+def test_names_with_dashes_are_activated_by_a_mapping(lab: Any) -> None:
+    model = attach(lab.tiny(), LoraConfig(), name="my-note")
+    attach(model, LoraConfig(), name="b")
+    model.activate({"my-note": 0.5, "b": -1.0})
+    assert model.active == {"my-note": 0.5, "b": -1.0}
+    model.activate("my-note", b=0.25)
+    assert model.active == {"my-note": 1.0, "b": 0.25}
+    with pytest.raises(AdapterError, match="did you mean 'my-note'"):
+        model.activate({"my-nose": 1.0})
 
 
 def test_removing_frees_the_slot_and_the_memory(lab: Any) -> None:
@@ -274,6 +349,35 @@ def test_a_loaded_adapter_must_fit(lab: Any) -> None:
         adapter.tensors |= {} if broken is None else {key: broken}
         with pytest.raises(AdapterError, match=message):
             attach(model.base, adapter)
+
+
+def test_what_speaks_against_an_adapter_is_noted(lab: Any) -> None:
+    class Tokenizer:
+        chat_template = "{{ messages }}"
+
+    model = attach(lab.tiny(), LoraConfig())
+    adapter = model.export("default")
+    detach(model)
+    model = attach(model.base, adapter)
+    assert model.notes == []
+    adapter.base["form"] = "bf16"
+    adapter.card["template_hash"] = "of another template"
+    attach(model, adapter, name="other")
+    assert len(model.notes) == 1  # no tokenizer, so nothing to compare the template with
+    assert "was made on the base in bf16, here it is in fp32" in model.notes[0]
+    model.base.tokenizer = Tokenizer()
+    attach(model, adapter, name="third")
+    assert "another chat template" in model.notes[1]
+    adapter.base = {}
+    adapter.card["template_hash"] = template_hash(Tokenizer())
+    attach(model, adapter, name="fourth")
+    assert len(model.notes) == 1
+    assert "carries no fingerprint of its base (made elsewhere)" in model.notes[0]
+    adapter.base = {"source": "sha256:of another"}
+    attach(model, adapter, name="fifth", force=True)
+    assert "belongs to another base" in model.notes[0]
+    attach(model, LoraConfig(), name="sixth")
+    assert model.notes == []
 
 
 def test_wrong_uses_are_named(lab: Any) -> None:

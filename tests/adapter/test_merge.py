@@ -16,6 +16,7 @@ from postil.adapter import Adapter, LoraConfig, attach, detach
 from postil.adapter import merge as merging
 from postil.adapter.merge import export_merged, merge, unmerge
 from postil.base import live_digest
+from postil.base.fingerprint import live_source
 from postil.errors import AdapterError, StorageError
 
 KINDS: dict[str, tuple[str, LoraConfig]] = {
@@ -72,7 +73,7 @@ def test_an_export_loads_in_plain_transformers(kind: str, lab: Any, tmp_path: Pa
     model = attach(base, config)
     lab.scramble(model)
     before = live_digest(base)
-    directory = export_merged(model, "default", tmp_path / "whole")
+    directory = export_merged(model, "default", tmp_path / "whole").path
     plain = loaded(directory)
     torch.testing.assert_close(lab.plain(plain, lab.ids), lab.plain(model, lab.ids), rtol=0, atol=1e-4)
     assert live_digest(base) == before
@@ -160,6 +161,57 @@ def test_while_merged_nothing_that_needs_the_bare_base_runs(lab: Any, tmp_path: 
     detach(model)
 
 
+def test_what_is_exported_while_merged_still_belongs_to_the_base(lab: Any) -> None:
+    base = lab.tiny()
+    model = attach(base, LoraConfig())
+    lab.scramble(model)
+    merge(model, "default")
+    adapter = model.export("default")
+    unmerge(model)
+    assert adapter.base == attach(detach(model), LoraConfig()).export("default").base
+    assert adapter.base["source"] == live_source(base)
+
+
+def test_an_export_tells_its_drift_and_is_refused_above_the_bound(lab: Any, tmp_path: Path) -> None:
+    base = lab.tiny().to(torch.bfloat16)
+    before = live_digest(base)
+    model = attach(base, LoraConfig(target_modules="all-linear"))
+    lab.scramble(model)
+    with pytest.raises(
+        AdapterError, match=r"exporting default moves a logit by 0\.\d+ \(mean .* nothing was written"
+    ):
+        export_merged(model, "default", tmp_path / "whole", bound=1e-6)
+    assert not (tmp_path / "whole").exists()
+    assert (live_digest(base), model.active, model.merged) == (before, {"default": 1.0}, {})
+    drift = export_merged(model, "default", tmp_path / "whole").drift
+    assert drift == merge(model, "default")
+    unmerge(model)
+    assert live_digest(base) == before
+    adapter = model.export("default")
+    adapter.base = {}
+    drift = export_merged(lab.tiny(), adapter, tmp_path / "half", dtype=torch.bfloat16).drift
+    assert 1e-3 < drift.max_logit < 2  # all weights are rounded, and measured
+
+
+def test_an_export_that_broke_is_refused(lab: Any, tmp_path: Path) -> None:
+    model = attach(lab.tiny(), LoraConfig())
+    next(iter(model.resident("default").leaves.values())).fill_(float("nan"))
+    with pytest.raises(AdapterError, match="nan"):
+        export_merged(model, "default", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def test_an_export_replaces_nothing(lab: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("keep me")
+    model = attach(lab.tiny(), LoraConfig())
+    with pytest.raises(StorageError, match="a directory with files in it already"):
+        export_merged(model, "default", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    assert export_merged(model, "default", tmp_path / "empty").path == tmp_path / "empty"
+
+
 def test_names_and_weights_are_checked(lab: Any, tmp_path: Path) -> None:
     model = attach(lab.tiny(), LoraConfig(modules_to_save=("lm_head",)), name="french")
     attach(model, LoraConfig(), name="german")
@@ -180,8 +232,8 @@ def test_an_adapter_on_a_base_exports_and_leaves_the_base_alone(lab: Any, tmp_pa
     assert isinstance(adapter, Adapter)
     detach(model)
     before = live_digest(model.model)
-    one = export_merged(model.base, adapter, tmp_path / "one")
-    two = export_merged(attach(model.base), adapter, tmp_path / "two")
+    one = export_merged(model.base, adapter, tmp_path / "one").path
+    two = export_merged(attach(model.base), adapter, tmp_path / "two").path
     assert live_digest(model.model) == before
     for directory in (one, two):
         torch.testing.assert_close(lab.plain(loaded(directory), lab.ids), wanted, rtol=0, atol=1e-4)
@@ -192,7 +244,7 @@ def test_an_export_in_another_dtype(lab: Any, tmp_path: Path) -> None:
     base = lab.tiny("gpt2")
     model = attach(base, LoraConfig())
     lab.scramble(model)
-    directory = export_merged(model, "default", tmp_path / "half", dtype=torch.bfloat16)
+    directory = export_merged(model, "default", tmp_path / "half", dtype=torch.bfloat16).path
     plain = loaded(directory)
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"

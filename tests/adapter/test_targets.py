@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from torch import nn
 
-from postil.adapter import LoraConfig, find_targets
+from postil.adapter import LoraConfig, attach, find_targets
 from postil.adapter.targets import coverage_of, layer_number
 from postil.errors import AdapterError
 
@@ -135,3 +138,52 @@ def test_the_number_of_a_layer() -> None:
     assert layer_number("model.layers.3.mlp", ["h", "layers"]) == 3
     assert layer_number("model.layers.3.mlp", "h") is None
     assert layer_number("lm_head") is None
+
+
+class Linear4bit(nn.Linear):
+    """As a quantiser's: a linear layer with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).round()
+
+
+def replaced(model: Any, path: str, kind: type[nn.Linear]) -> Any:
+    parent, _, name = path.rpartition(".")
+    new = kind(32, model.get_submodule(path).out_features, bias=False)
+    setattr(model.get_submodule(parent), name, new)
+    return model
+
+
+def test_quantised_layers_are_refused_by_name(lab: Any) -> None:
+    path = "model.layers.1.self_attn.k_proj"
+    model = replaced(lab.tiny(), path, Linear4bit)
+    for wanted in (None, "all-linear", "feed-forward"):
+        with pytest.raises(AdapterError, match=rf"{path} is a Linear4bit \(torch.float32\).*unquantised"):
+            find_targets(model, LoraConfig(target_modules=wanted))
+    with pytest.raises(AdapterError, match="k_proj is a Linear4bit, which has no adapter"):
+        find_targets(model, LoraConfig(target_modules=("k_proj",)))
+    integers = lab.tiny()
+    weight = torch.zeros(16, 32, dtype=torch.int8)
+    integers.get_submodule(path).weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(AdapterError, match=rf"{path} is a Linear \(torch.int8\)"):
+        find_targets(integers, LoraConfig())
+
+
+def test_a_neighbour_of_another_kind_keeps_its_own_forward(lab: Any) -> None:
+    base = replaced(lab.tiny(), "model.layers.0.self_attn.k_proj", Linear4bit)
+    attention = base.get_submodule("model.layers.0.self_attn")
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    wanted = attention.k_proj(x)
+    model = attach(base, LoraConfig(target_modules=("q_proj",)))
+    lab.scramble(model)
+    attention.q_proj(x)
+    assert torch.equal(attention.k_proj(x), wanted)
+
+
+def test_a_router_that_is_a_linear_layer_is_none_to_adapt() -> None:
+    config = transformers.PhimoeConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.PhimoeForCausalLM(config)
+    assert names(model, target_modules="all-linear") == {"q_proj", "k_proj", "v_proj", "o_proj"}

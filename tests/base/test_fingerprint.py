@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from postil.base import base_from_model, cache_directory, directory_source, live_digest, load_base
 from postil.base.fingerprint import live_source
@@ -68,6 +68,59 @@ def test_a_model_in_memory_has_the_source_of_what_it_saves(make_directory: Make)
         base = base_from_model(model)
         assert base.directory is None
         assert base.fingerprint() == load_base(directory).fingerprint()
+
+
+def test_a_model_changed_in_memory_makes_no_claim(directory: Path) -> None:
+    stored = load_base(directory).fingerprint()
+    model = LlamaForCausalLM.from_pretrained(directory)
+    assert base_from_model(model).fingerprint() == stored
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-3)
+    changed = base_from_model(model)
+    assert changed.directory == directory
+    assert changed.fingerprint().source not in (stored.source, "")
+    assert changed.fingerprint().source == live_source(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_loaded_in_another_dtype_is_the_stored_one(directory: Path, dtype: str) -> None:
+    def loaded() -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+
+    assert base_from_model(loaded()).fingerprint() == load_base(directory, dtype=dtype).fingerprint()
+    model = loaded()
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    assert base_from_model(model).fingerprint().source == live_source(model) != directory_source(directory)
+
+
+def test_a_base_fully_trained_is_another(directory: Path, tmp_path: Path) -> None:
+    base = load_base(directory)
+    before = base.fingerprint()
+    base.changed()
+    assert base.fingerprint() == before  # it was said to have changed and has not
+    with torch.no_grad():
+        base.model.lm_head.weight.add_(1)
+    assert base.fingerprint() == before
+    base.changed()
+    after = base.fingerprint()
+    assert after != before
+    base.model.save_pretrained(tmp_path / "tuned")
+    assert after.source == directory_source(tmp_path / "tuned")
+
+
+def test_stored_names_without_the_inner_models_prefix(make_directory: Make) -> None:
+    """As GPT-2's own files have them, with buffers of older versions beside."""
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    directory = make_directory("gpt2", model=GPT2LMHeadModel(config))
+    path = directory / "model.safetensors"
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(state | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path, metadata={"format": "pt"})
+    model = GPT2LMHeadModel.from_pretrained(directory)
+    assert base_from_model(model).fingerprint().source == directory_source(directory)
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] += 1
+    assert base_from_model(model).fingerprint().source != directory_source(directory)
 
 
 def test_quick_check_answers_from_the_cache_and_verify_hashes_anew(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,29 @@ def test_broken_bases(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "hi", "-n", 2),
+        ("chat",),
+        ("train", "--data", "rows.jsonl", "--dry-run"),
+        ("data", "show", "rows.jsonl"),
+        ("doctor",),
+    ],
+)
+def test_code_of_a_base_runs_where_it_is_allowed(
+    postil: Any, refusal: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    Path("rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 3)
+    place = tmp_path / "base"
+    shutil.copytree(base, place)
+    (place / "modeling.py").write_text("raise SystemExit\n")
+    assert "allow it with --trust-remote-code" in refusal(*words, "--base", place)
+    assert postil(*words, "--base", place, "--trust-remote-code").code == 0
+
+
 def test_names_that_are_no_base(refusal: Any) -> None:
     assert "(did you mean 'smollm2-135m-instruct'?)" in refusal("generate", "hi", "--base", "smollm2-135-instruct")
     message = refusal("generate", "hi", "--base", "nobody-here/no-such-model")
@@ -110,10 +134,32 @@ def test_doctor_tells_machine_and_paths(postil: Any) -> None:
 
 
 def test_commands_and_help(postil: Any, refusal: Any) -> None:
-    assert refusal("trian") == "No such command 'trian'. Did you mean 'train'?"
-    assert refusal("adapters", "dif") == "No such command 'dif'. Did you mean 'diff'?"
-    assert refusal("merge", "x", "--base", "y") == "Missing option '--out' / '-o'."
+    assert refusal("trian") == "No such command 'trian' (did you mean 'train'?)"
+    assert refusal("adapters", "dif") == "No such command 'dif' (did you mean 'diff'?)"
+    assert refusal("merge", "x", "--base", "y") == "Missing option '--out' / '-o' (see postil merge --help)"
     result = postil("--help")
     assert result.code == 0
     for name in ("train", "generate", "chat", "inspect", "merge", "convert", "doctor", "base", "data", "adapters"):
         assert f"  {name} " in result.out
+
+
+def test_data_show_reads_as_a_recipe_would(postil: Any, refusal: Any, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "p", "answer": "c"}\n{"question": "p", "answer": "ccccccccc"}\n')
+    words = ("data", "show", tmp_path / "a.jsonl", "--base", base, "--format", "raw")
+    columns = ("--columns", "prompt=question", "--columns", "completion=answer")
+    result = postil(*words, *columns, "--separator", " => ", "--max-length", 10)
+    assert result.code == 0
+    assert "p => c" in result.out
+    assert "ccccccccc" not in result.out
+    assert "1 row longer than the limit, left out: 2" in " ".join(result.out.split())
+    cut = postil(*words, *columns, "--separator", " => ", "--max-length", 10, "--too-long", "truncate")
+    assert cut.code == 0
+    assert "ccccc" in cut.out
+    assert "longer than the limit, cut at their end: 2" in " ".join(cut.out.split())
+    assert "data: too_long: Input should be 'drop', " in refusal(*words, *columns, "--too-long", "cut")
+    assert "unknown column 'promt' (did you mean 'prompt'?)" in refusal(*words, "--columns", "promt=question")
+    assert refusal(*words, "--columns", "prompt") == (
+        "--columns prompt: write name=column, such as --columns prompt=question"
+    )
+    twice = refusal(*words, *columns, "--columns", "prompt=answer")
+    assert twice == "--columns names a column for 'prompt' twice; give one"

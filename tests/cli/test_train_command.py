@@ -42,7 +42,7 @@ def test_it_says_what_it_does_and_leaves_a_whole_run(postil: Any, train: Any, ro
         assert said in result.err
     run = tmp_path / "out"
     assert {path.name for path in run.iterdir()} == {
-        "adapter", "checkpoints", "log.jsonl", "recipe.yaml", "tensorboard"
+        ".lock", "adapter", "checkpoints", "log.jsonl", "recipe.yaml", "tensorboard"
     }  # fmt: skip
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
@@ -156,7 +156,7 @@ def test_an_interrupted_save_leaves_nothing_half_written(
         patch.setattr(peft_files, "save_file", interrupted)
         assert postil(*train, rows).code == 130
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "checkpoints", "log.jsonl", "recipe.yaml", "tensorboard"
+        ".lock", "checkpoints", "log.jsonl", "recipe.yaml", "tensorboard"
     }  # fmt: skip
     (tmp_path / "out/.postil-tmp-adapter-1-killed").mkdir()  # as kill -9 leaves it
     assert postil(*train, rows).code == 0
@@ -272,8 +272,8 @@ def test_data_that_is_not_there(refusal: Any, train: Any, rows: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--epohcs", "2"], "No such option: --epohcs (Possible options: --epochs)"),
-        (["--epochs", "two"], "Invalid value for '--epochs'"),
+        (["--epohcs", "2"], "No such option --epohcs (did you mean --epochs?)"),
+        (["--epochs", "two"], "Invalid value for '--epochs': Input should be a valid integer, "),
         (["--method", "lroa"], "recipe: training: method: Input should be 'lora' or 'full' (found 'lroa')"),
         (["--lr", "-1"], "recipe: training: learning_rate: Input should be greater than 0 (found -1.0)"),
         (["--set", "training.epoch=2"], "recipe: training: unknown key 'epoch' (did you mean 'epochs'?)"),

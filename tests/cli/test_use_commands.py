@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,83 @@ def test_chat_keeps_the_conversation(
     assert postil("chat", "--base", base, "-n", 6, "--system", "Be kind.").out == result.out
 
 
+def talk(postil: Any, monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> Any:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return postil("chat", *words)
+
+
+def test_chat_has_a_seed_that_each_turn_moves_on(
+    postil: Any, base: Path, generate: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--base", base, "-n", 6, "--temperature", 2)
+    result = talk(postil, monkeypatch, "one\ntwo\n", *words, "--seed", 3)
+    assert result.code == 0
+    assert talk(postil, monkeypatch, "one\ntwo\n", *words, "--seed", 3).out == result.out
+    assert talk(postil, monkeypatch, "one\ntwo\n", *words, "--seed", 4).out != result.out
+    messages = [{"role": "user", "content": "one"}]
+    (first,) = answers(postil(*generate, "--requests", ask({"messages": messages, "temperature": 2.0, "seed": 3})))
+    messages += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": "two"}]
+    (same, next_) = answers(
+        postil(*generate, "--requests", ask(*({"messages": messages, "temperature": 2.0, "seed": n} for n in (3, 4))))
+    )
+    assert result.out == f"{first['text']}\n{next_['text']}\n"
+    assert same["text"] != next_["text"]
+
+
+def test_chat_leaves_out_its_oldest_turns_where_the_context_is_full(
+    postil: Any, base: Path, generate: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--base", base, "-n", 6, "--system", "Be kind.")
+    result = talk(postil, monkeypatch, f"{'a' * 40}\nb\n{'c' * 300}\n{'d' * 20}\n", *words)
+    assert result.code == 0
+    first, second, last = (line for line in result.out.splitlines() if line)
+    assert result.err.count("outgrew the base's context of 128 tokens; its oldest turn was left out") == 1
+    assert result.err.count("this message and 6 new tokens do not fit the base's context of 128 tokens;") == 1
+    kept = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": second},
+        {"role": "user", "content": "d" * 20},
+    ]
+    (expected,) = answers(postil(*generate, "--requests", ask({"messages": kept})))
+    assert last == expected["text"].strip("\n")
+    assert first
+
+
+def test_a_directory_with_an_equals_sign_in_its_path(
+    postil: Any, refusal: Any, generate: Any, adapter: Path, ask: Any, tmp_path: Path
+) -> None:
+    place = tmp_path / "lr=1e-3" / "adapter"
+    shutil.copytree(adapter, place)
+    asked = ask({"prompt": "a", "adapter": "lr=1e-3"}, {"prompt": "a", "adapter": "two"})
+    words = ("--adapter", place, "--adapter", f"two={place}", "--requests", asked)
+    assert [answer["adapter"] for answer in answers(postil(*generate, *words))] == ["lr=1e-3", "two"]
+    missing = place.with_name("adaptr")
+    assert f"{missing} does not exist" in refusal(*generate, "hi", "--adapter", missing)
+
+
+def test_two_notes_of_one_name(refusal: Any, generate: Any, adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run" / "adapter"
+    shutil.copytree(adapter, other)
+    message = refusal(*generate, "hi", "-a", adapter, "-a", other)
+    assert message == f"{adapter} and {other} would both be called 'run'; name one, for example -a second={other}"
+
+
+def test_what_speaks_against_each_note_is_said(
+    postil: Any, generate: Any, adapter: Path, ask: Any, tmp_path: Path
+) -> None:
+    words = list[object]()
+    for name in ("one", "two"):
+        shutil.copytree(adapter, tmp_path / name)
+        (tmp_path / name / "postil.json").unlink()  # it says which base the adapter was made for
+        words += ["--adapter", tmp_path / name]
+    result = postil(*generate, *words, "--requests", ask({"prompt": "a", "adapter": "one"}))
+    assert result.code == 0
+    assert "note: one: " in result.err
+    assert "note: two: " in result.err
+    assert "note: " not in postil(*generate, "hi", "--adapter", adapter).err
+
+
 def test_a_note_of_another_base(postil: Any, refusal: Any, base: Path, adapter: Path, changed: Any) -> None:
     other = changed(base, "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
     for words in (("generate", "hi", "-n", 2, "-a", adapter), ("merge", adapter, "--out", other / "merged")):
@@ -146,7 +224,7 @@ def test_wrong_requests(refusal: Any, generate: Any, adapter: Path, ask: Any, li
         (["hi", "--dtype", "bfloat61"], "'bfloat61' is no dtype for a base (did you mean 'bfloat16'?)"),
         (["hi", "-n", "0"], "request 1: max_new_tokens must be at least 1"),
         (["hi", "--temperature", "-1"], "request 1: temperature must be a number from 0"),
-        (["hi", "--adaptor", "x"], "No such option: --adaptor (Possible options: --adapter)"),
+        (["hi", "--adaptor", "x"], "No such option --adaptor (did you mean --adapter?)"),
         (
             ["hi", "--adapter", "no-such-place"],
             "no-such-place does not exist; name a directory that holds adapter_config",

@@ -48,7 +48,7 @@ def test_an_export_is_the_adapted_model(architecture: str, tied: bool, lab: Any,
     base = lab.tiny(architecture, tie_word_embeddings=tied)
     assert is_tied(base) == tied
     model = running(lab, base, LoraConfig(target_modules="all-linear"))
-    plain = loaded(export_merged(model, "default", tmp_path / "whole"))
+    plain = loaded(export_merged(model, "default", tmp_path / "whole").path)
     assert is_tied(plain) == tied
     found = lab.plain(plain)
     lab.near(found, lab.plain(model.model), EQUAL)
@@ -65,7 +65,7 @@ def test_an_adapted_embedding_and_head_are_exported(architecture: str, tied: boo
     base = lab.tiny(architecture, tie_word_embeddings=tied)
     targets = (embedding_of(base), "lm_head", "attention")
     model = running(lab, base, LoraConfig(target_modules=targets, rank_pattern={"lm_head": 3}))
-    plain = loaded(export_merged(model, "default", tmp_path / "whole"))
+    plain = loaded(export_merged(model, "default", tmp_path / "whole").path)
     assert not is_tied(plain)
     assert not plain.config.tie_word_embeddings
     assert is_tied(base) == base.config.tie_word_embeddings == tied
@@ -89,7 +89,7 @@ def test_an_adapted_embedding_and_head_are_exported(architecture: str, tied: boo
 )
 def test_what_is_no_linear_term_is_exported(name: str, config: LoraConfig, lab: Any, tmp_path: Path) -> None:
     model = running(lab, lab.tiny(name), config)
-    found = lab.plain(loaded(export_merged(model, "default", tmp_path / "whole")))
+    found = lab.plain(loaded(export_merged(model, "default", tmp_path / "whole").path))
     lab.near(found, lab.plain(model.model), EQUAL)
     lab.near(found, lab.packed(model), EQUAL)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from tiny import tiny_model, tiny_samples
@@ -17,7 +18,7 @@ from tiny import tiny_model, tiny_samples
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import live_digest
 from postil.data import Sample
-from postil.errors import DataError, RunError
+from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
 from postil.training.loop import AdapterWeights, _gradients, _steps, to_device, validate
@@ -186,3 +187,82 @@ def test_the_schedule() -> None:
     cosine = TrainOptions(learning_rate=1.0, warmup=4)
     assert rate_at(5, cosine, 12) == pytest.approx(1.0)
     assert 0 < rate_at(12, cosine, 12) < 0.1
+
+
+def test_ctrl_c_saves_and_is_raised(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:
+    def interrupt(event: dict[str, float]) -> None:
+        if event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, samples, out=tmp_path, epochs=10, checkpoint_every=100, watch=interrupt)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not model.resident("default").trainable
+
+
+@pytest.mark.parametrize("change", [{"alpha": 64}, {"use_rslora": True}, {"seed": 2}])
+def test_the_api_resumes_only_its_own_run(change: dict[str, int], samples: list[Sample], tmp_path: Path) -> None:
+    for number, extra in enumerate(({}, change)):
+        model = tiny_model()
+        settings = {"r": 4} | {key: value for key, value in extra.items() if key != "seed"}
+        attach(model, LoraConfig(**settings), seed=extra.get("seed", 1))
+        if number:
+            with pytest.raises(RunError, match="another recipe, base or data"):
+                train(model, samples, out=tmp_path, steps=2)
+        else:
+            train(model, samples, out=tmp_path, steps=2)
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weight(model: AdaptedModel, samples: list[Sample]) -> None:
+    resident = model.resident("default")
+    before = resident.flat.clone()
+    leaf = next(iter(resident.leaves.values()))
+    leaf.requires_grad_(True).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match=r"gradient norm (inf|nan) at step 1"):
+        train(model, samples, steps=1)
+    assert torch.equal(resident.flat, before)
+
+
+def test_old_checkpoints_go_and_other_directories_stay(
+    model: AdaptedModel, samples: list[Sample], tmp_path: Path
+) -> None:
+    other = tmp_path / "checkpoints/step-100"
+    other.mkdir(parents=True)
+    (other / "mine").touch()
+    train(model, samples, out=tmp_path, epochs=2, checkpoint_every=1, keep_checkpoints=2)
+    assert sorted(path.name for path in other.parent.iterdir()) == ["step-00000005", "step-00000006", "step-100"]
+    assert (other / "mine").exists()
+
+
+def test_two_processes_do_not_share_a_run(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another process is training in"):
+        train(model, samples, out=tmp_path, steps=1)
+
+
+def test_patience_needs_held_out_rows(model: AdaptedModel, samples: list[Sample]) -> None:
+    with pytest.raises(RecipeError, match="patience needs held-out rows"):
+        train(model, samples, patience=2)
+
+
+def test_early_stop(samples: list[Sample], tmp_path: Path) -> None:
+    steps = []
+    for _ in range(2):  # the second time there is nothing left to do
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        events: list[dict[str, float]] = []
+        train(model, samples, valid=tiny_samples(6, seed=5), out=tmp_path, learning_rate=5e-2, epochs=30,
+              valid_every=1, patience=3, watch=events.append)  # fmt: skip
+        steps.append(len(events))
+    assert 3 < steps[0] < 90
+    assert steps[1] == 0
+
+
+def test_a_failed_full_run_leaves_the_base_frozen(samples: list[Sample]) -> None:
+    model = tiny_model()
+
+    def fail(_event: dict[str, float]) -> None:
+        raise ValueError("from the watcher")
+
+    with pytest.raises(ValueError, match="from the watcher"):
+        train(model, samples, method="full", steps=1, watch=fail)
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
 from postil.adapter.adapter import Adapter
 from postil.adapter.config import LoraConfig
 from postil.adapter.model import AdaptedModel
+from postil.adapter.probe import probe
 from postil.base import Base, base_from_model
-from postil.errors import AdapterError, BaseModelError
-from postil.kernels.layout import Layout, positions_of
-
-PROBE_LENGTHS = (3, 1, 4)
+from postil.data import template_hash
+from postil.errors import AdapterError
 
 
 def attach(
@@ -27,24 +25,27 @@ def attach(
 
     target: a Base, a transformers model that the user has loaded (it is frozen), or an AdaptedModel, which
     gets one more resident. The adapter becomes active for plain forward calls. force: load an adapter whose
-    fingerprint names another base. Raises AdapterError, BaseModelError.
+    fingerprint names another base. What else speaks against the adapter's fit is in the model's `notes`.
+    Raises AdapterError, BaseModelError.
     """
     if isinstance(target, AdaptedModel):
         model = target
+        model.check_attached()
     else:
         base = target if isinstance(target, Base) else base_from_model(target)
         if any("_postil_owner" in module.__dict__ for module in base.model.modules()):
             raise AdapterError("this base has adapters attached already; pass the AdaptedModel, or detach it first")
         model = AdaptedModel(base)
         try:
-            _probe(model)
+            probe(model)
         except BaseException:
             model.take_off()
             raise
+    model.notes = []
     if adapter is not None:
         try:
-            if isinstance(adapter, Adapter) and not force:
-                check_base(adapter, model.base)
+            if isinstance(adapter, Adapter):
+                model.notes = check_base(adapter, model.base, force=force)
             model.add(name, adapter, seed=seed)
         except BaseException:
             if target is not model:
@@ -56,6 +57,7 @@ def attach(
 
 def detach(model: AdaptedModel) -> Base:
     """Take every adapter off; returns the base, bit for bit as before `attach`."""
+    model.check_attached()
     if model.merged:
         raise AdapterError("an adapter is merged into the base; unmerge it before detaching")
     if model.layout is not None:
@@ -64,55 +66,39 @@ def detach(model: AdaptedModel) -> Base:
     return model.base
 
 
-def check_base(adapter: Adapter, base: Base) -> None:
-    """Raise AdapterError when the adapter names another base than this one, both named in the message."""
+def check_base(adapter: Adapter, base: Base, *, force: bool = False) -> list[str]:
+    """What speaks against the adapter on this base without forbidding it, as sentences for the user.
+
+    They name: no fingerprint, another numeric form, another chat template. Raises AdapterError when the adapter
+    names another base than this one, both in the message (`force`: then a sentence like the others).
+    """
+    notes = []
     wanted = adapter.base.get("source")
     if wanted is None:
-        return
-    here = base.fingerprint()
-    if wanted != here.source:
-        raise AdapterError(
-            f"the adapter belongs to another base: it was made for {adapter.base_name or 'a base'} ({wanted[:23]}…), "
-            f"this is {base.source} ({here.source[:23]}…); load that base, or pass force=True (generate, chat and "
-            "merge: --force) if you know better"
+        notes.append(
+            f"the adapter carries no fingerprint of its base (made elsewhere): whether it fits {base.source} "
+            "cannot be checked beyond the shapes of its tensors"
         )
-
-
-@torch.no_grad()
-def _probe(model: AdaptedModel) -> None:
-    """Decide how this architecture runs: packed where a pack's logits equal each sequence's alone, else one
-    sequence at a time through transformers' own attention. Raises BaseModelError where neither is right."""
-    device, vocabulary = model.base.device, model.model.get_input_embeddings().weight.shape[0]
-    total = sum(PROBE_LENGTHS)
-    ids = (torch.arange(total, device=device) * 7 + 3) % min(vocabulary, 997)
-    alone = []
-    start = 0
-    for length in PROBE_LENGTHS:
-        alone.append(model.model(input_ids=ids[None, start : start + length], use_cache=False).logits[0].float())
-        start += length
-    wanted = torch.cat(alone)
-    layout = Layout.packed(PROBE_LENGTHS)
-    for packs in (True, False):
-        model.packs, model.attention_calls = packs, 0
-        try:
-            with model.using(layout):
-                hidden = model.hidden(ids, positions_of(PROBE_LENGTHS, device))
-                found = model.logits(hidden, layout.spans).float()
-        except (TypeError, KeyError, ValueError):
-            if not packs:
-                raise
-            continue  # this model's code does not take positions or our attention
-        if packs and model.attention_calls == 0:
-            continue
-        if _near(found, wanted, model.base.dtype):
-            return
-    raise BaseModelError(
-        f"{type(model.model).__name__} gives other logits through postil than by itself "
-        f"(by {float((found - wanted).abs().max()):.2g}); this architecture is not supported"
-    )
-
-
-def _near(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
-    bound = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}.get(dtype, 0.1)
-    spread = float(wanted.std()) or 1.0
-    return bool((found - wanted).abs().mean() <= bound * spread)
+    else:
+        here = base.fingerprint()
+        form = adapter.base.get("form")
+        if wanted != here.source:
+            other = f"it was made for {adapter.base_name or 'a base'} ({wanted[:23]}…), this is"
+            problem = f"the adapter belongs to another base: {other} {base.source} ({here.source[:23]}…)"
+            if not force:
+                raise AdapterError(
+                    f"{problem}; load that base, or pass force=True (generate, chat and merge: --force) if you "
+                    "know better"
+                )
+            notes.append(problem)
+        elif form and form != here.form:
+            notes.append(
+                f"the adapter was made on the base in {form}, here it is in {here.form}: answers may differ slightly"
+            )
+    template = adapter.card.get("template_hash")
+    if template and base.tokenizer is not None and template != template_hash(base.tokenizer):
+        notes.append(
+            "the adapter was trained with another chat template than this base's tokenizer has: its answers to "
+            "chat messages may be worse"
+        )
+    return notes

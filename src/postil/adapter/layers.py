@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from postil.errors import InternalError
+from postil.errors import BaseModelError, InternalError
 from postil.kernels.attention import attention
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def attention_forward(
     owner: AdaptedModel | None = module.__dict__.get(OWNER)
     if owner is None or owner.layout is None:
         raise InternalError("postil's attention was called outside a Layout")
+    if attention_mask is not None:  # transformers makes none for our attention: the model has its own (Doge)
+        raise BaseModelError(f"{type(module).__name__} masks keys in a way of its own, which a pack does not have")
     owner.attention_calls += 1
     layout = owner.layout
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))

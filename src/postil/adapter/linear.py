@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from postil.adapter.bank import EmbeddingSlot
+from postil.adapter.targets import kind_of, sizes_of
 from postil.errors import InternalError
 from postil.kernels.adapted_linear import Group, adapted_linear
 from postil.kernels.layout import Spans
@@ -54,15 +55,15 @@ class DenseProjection:
 class SharedInput:
     """The projections of one group as transformers calls them, one after another with the same x.
 
-    The first call computes all members, the others take their part; another x (or a changed one) is computed
-    anew, so the result is always that of the given x.
+    The first call computes all members, the others take their part; another x, a changed one or changed values
+    of an adapter are computed anew, so the result is always that of the given x.
     """
 
     group: Group
     paths: tuple[str, ...]
     spans_of: SpansOf
     _x: torch.Tensor | None = None
-    _state: tuple[int, bool, Spans | None] = (0, False, None)
+    _state: tuple[bool, Spans, tuple[int, ...]] | None = None
     _parts: list[torch.Tensor | None] = field(default_factory=list)
 
     def forward(self, member: int, x: torch.Tensor) -> torch.Tensor:
@@ -71,11 +72,12 @@ class SharedInput:
         spans = self.spans_of(rows)
         if not any(item.slot in self.group.slots for item in spans.items):
             return self.group.members[member].matmul(x)
-        state = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), spans)
+        state = (torch.is_grad_enabled(), spans, self._versions(x, spans))
         known = self._parts[member] if x is self._x and state == self._state and self._parts else None
         if known is None:
-            self._x, self._state = x, state
+            self.forget()
             self._parts = list(adapted_linear(x.reshape(rows, x.shape[-1]), self.group, spans))
+            self._x, self._state = x, state
             known = self._parts[member]
         assert known is not None
         self._parts[member] = None
@@ -83,9 +85,15 @@ class SharedInput:
             self.forget()
         return known.view(*x.shape[:-1], known.shape[-1])
 
+    def _versions(self, x: torch.Tensor, spans: Spans) -> tuple[int, ...]:
+        """How often x and the tensors of the adapters in force were written to (inference tensors do not count)."""
+        slots = [self.group.slots[item.slot] for item in spans.items if item.slot in self.group.slots]
+        tensors = [x, *(tensor for slot in slots for tensor in slot.tensors() if tensor is not None)]
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
     def forget(self) -> None:
         """Let go of x and of outputs that nobody asked for."""
-        self._x, self._parts = None, []
+        self._x, self._state, self._parts = None, None, []
 
 
 @dataclass(slots=True)
@@ -179,7 +187,7 @@ def groups_of(model: nn.Module, path: str) -> tuple[str, ...]:
         if name not in names:
             continue
         modules = [parent._modules.get(other) for other in names]
-        linears = [module for module in modules if isinstance(module, nn.Linear)]
-        if len(linears) == len(names) and len({module.in_features for module in linears}) == 1:
+        linears = [module for module in modules if module is not None and kind_of(module) == "linear"]
+        if len(linears) == len(names) and len({sizes_of(module)[0] for module in linears}) == 1:
             return tuple(f"{parent_path}.{other}" for other in names)
     return (path,)

@@ -20,7 +20,7 @@ from postil.adapter.model import AdaptedModel
 from postil.base import Base
 from postil.base.quiet import quiet
 from postil.errors import AdapterError, StorageError, listed
-from postil.files import atomic_directory, write_json
+from postil.files import atomic_directory, check_vacant, write_json
 
 # The largest difference of a logit that rounding W + s·B·A to the base's dtype may make, by that dtype.
 # SmolLM2-135M with all linear layers adapted, random B: up to 8e-5 in float32, 1.2 in bfloat16, 0.10 in float16.
@@ -36,6 +36,17 @@ class Drift:
     max_logit: float
     mean_logit: float
     tokens: int
+
+    def __str__(self) -> str:
+        return f"a logit moved by {self.max_logit:.3g} at most (mean {self.mean_logit:.3g}, on {self.tokens} tokens)"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model directory that was written, and how far its logits are from the adapted model's."""
+
+    path: Path
+    drift: Drift
 
 
 @torch.no_grad()
@@ -57,13 +68,30 @@ def merge(
     """
     _idle(model)
     weights = _weights(model, names)
+    model.base.fingerprint()  # while the base is bare: what is exported while merged still belongs to it
     ids = _probe_ids(model.base) if probe_ids is None else probe_ids.reshape(1, -1).to(model.base.device)
     limit = BOUNDS.get(model.base.dtype, BOUNDS[torch.bfloat16]) if bound is None else bound
+    drift = _put_in(model, weights, merged_tensors(model, weights), ids)
+    if not drift.max_logit <= limit:
+        unmerge(model)
+        raise AdapterError(
+            f"merging {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, on "
+            f"{drift.tokens} tokens), above the bound of {limit:g}; it was undone: load the base in a wider dtype, "
+            "or pass a higher bound"
+        )
+    return drift
+
+
+def _put_in(
+    model: AdaptedModel, weights: dict[str, float], tensors: Mapping[str, torch.Tensor], ids: torch.Tensor
+) -> Drift:
+    """Make `tensors` the base's parameters in its own dtypes, for `unmerge` to undo, and measure the drift from
+    the adapted model; undone on any error."""
     before = model.active
     model.active = weights
     try:
         wanted = _logits(model, ids)
-        for key, tensor in merged_tensors(model, weights).items():
+        for key, tensor in tensors.items():
             path, _, name = key.rpartition(".")
             module = model.model.get_submodule(path)
             original = module._parameters[name]
@@ -77,15 +105,7 @@ def merge(
         _put_back(model)
         model.active = before
         raise
-    drift = Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
-    if not drift.max_logit <= limit:
-        unmerge(model)
-        raise AdapterError(
-            f"merging {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, on "
-            f"{drift.tokens} tokens), above the bound of {limit:g}; it was undone: load the base in a wider dtype, "
-            "or pass a higher bound"
-        )
-    return drift
+    return Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
 
 
 def unmerge(model: AdaptedModel) -> None:
@@ -100,30 +120,59 @@ def unmerge(model: AdaptedModel) -> None:
     model.active_before_merge = {}
 
 
+@torch.no_grad()
 def export_merged(
     target: AdaptedModel | Base | PreTrainedModel,
     adapter: str | Mapping[str, float] | Adapter,
     directory: str | Path,
     *,
     dtype: torch.dtype | None = None,
-) -> Path:
+    bound: float | None = None,
+) -> Exported:
     """Write base and adapter as one plain model directory, which transformers loads without postil.
 
     target, adapter: an AdaptedModel with the name (or {name: weight}) of its residents; or an Adapter and what it
     belongs on. dtype: of the written weights (default: each weight's own); W + s·B·A is computed in float32 and
     rounded once. A head that no longer equals the embedding is written apart, `tie_word_embeddings` false. The
-    model in memory is not changed. Raises AdapterError, StorageError (nothing half-written is left).
+    model in memory is not changed. bound: on the largest difference of a logit that rounding may make, measured as
+    in `merge`, in the base's dtype; by default `merge`'s for the coarser of the two dtypes. Raises AdapterError
+    where the drift is above it, StorageError where `directory` is in use or cannot be written; then nothing is left.
     """
+    check_vacant(directory)
     with _resident(target, adapter) as (model, names):
         _idle(model)
-        merged = merged_tensors(model, _weights(model, names))
+        weights = _weights(model, names)
+        merged = merged_tensors(model, weights)
+        drift = _export_drift(model, weights, merged, dtype)
+        limit = bound
+        if limit is None:
+            limit = max(BOUNDS.get(d, BOUNDS[torch.bfloat16]) for d in (model.base.dtype, dtype or model.base.dtype))
+        if not drift.max_logit <= limit:
+            raise AdapterError(
+                f"exporting {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, "
+                f"on {drift.tokens} tokens), above the bound of {limit:g}; nothing was written: load the base in a "
+                "wider dtype, or pass a higher bound"
+            )
         state = {key: value for key, value in model.model.state_dict().items() if key not in merged}
         for key, tensor in merged.items():
             state[key] = tensor.to(dtype or model.model.get_parameter(key).dtype)
         if dtype is not None:
             state = _cast(state, dtype)
         _write(model, state, Path(directory), dtype, untied=_unties(model.model, set(merged)))
-    return Path(directory)
+    return Exported(Path(directory), drift)
+
+
+def _export_drift(
+    model: AdaptedModel, weights: dict[str, float], merged: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> Drift:
+    """The drift of what will be written: merged tensors and, in another dtype, every parameter rounded to it."""
+    tensors = dict(merged)
+    if dtype is not None:
+        for key, parameter in model.model.named_parameters(remove_duplicate=False):
+            tensors[key] = tensors.get(key, parameter).to(dtype)
+    drift = _put_in(model, weights, tensors, _probe_ids(model.base))
+    unmerge(model)
+    return drift
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from postil.adapter.targets import (
     coverage_of,
     decoder_layers,
     find_targets,
+    inner_model,
     kind_of,
     output_head,
     saved_paths,
@@ -45,13 +46,16 @@ class AdaptedModel:
     """A base and the adapters stuck on it. Made by `attach`, undone by `detach`.
 
     Inside `using(layout)` the model runs over a flat batch with the layout's spans; outside it, a plain
-    forward call of the transformers model uses the active adapters on every row.
+    forward call of the transformers model uses the active adapters on every row. `packs`: whether sequences run
+    packed, or one at a time through transformers' own attention. `notes`: what the last `attach` has to say
+    about the adapter's fit, in sentences for the user.
     """
 
     def __init__(self, base: Base) -> None:
         self.base = base
         self.model: PreTrainedModel = base.model
         self.head = output_head(self.model)
+        self.decoder = inner_model(self.model)
         self.residents: dict[str, Resident] = {}
         self.active: dict[str, float] = {}
         self.layout: Layout | None = None
@@ -59,6 +63,8 @@ class AdaptedModel:
         self.checkpointing = False
         self.packs = True
         self.attention_calls = 0
+        self.notes: list[str] = []
+        self.detached = False
         self.merged: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self.active_before_merge: dict[str, float] = {}
         self._shared: dict[str, SharedInput] = {}
@@ -73,6 +79,7 @@ class AdaptedModel:
             self._stand_in(layer, wrapped_layer(self, layer.forward))
         for rotary in length_dependent_rotaries(self.model):
             self._stand_in(rotary, per_sequence_rotary(self, rotary, rotary.forward))
+        self._stand_in(self.model, self._forgetting(self.model.forward))
 
     # -- modules ------------------------------------------------------------------------------------------
 
@@ -86,6 +93,22 @@ class AdaptedModel:
             self._replaced[path].original = forward
         else:
             self._stand_in(module, forward)
+
+    def _forgetting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A plain call that leaves no activation behind, even where it fails or uses a part of a group."""
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._forget()
+
+        return forward
+
+    def _forget(self) -> None:
+        for shared in self._shared.values():
+            shared.forget()
 
     def _own_forward(self, module: nn.Module) -> Callable[..., Any]:
         """The module's forward from before `attach`."""
@@ -102,12 +125,23 @@ class AdaptedModel:
                 module.__dict__["forward"] = before
         for module in self._attention:
             module.__dict__.pop(OWNER, None)
+        self.detached = True
+        self.layout = self.spans_now = None
+        self.checkpointing, self.packs, self.attention_calls = False, True, 0
+        self.merged.clear()
+        self.active_before_merge.clear()
         self._forwards.clear()
+        self._group_of.clear()
         self._shared.clear()
         self._embeddings.clear()
         self._replaced.clear()
         self.residents.clear()
         self.active.clear()
+
+    def check_attached(self) -> None:
+        """Raise AdapterError when the model was taken off its base."""
+        if self.detached:
+            raise AdapterError("this AdaptedModel is detached from its base; attach an adapter to the base again")
 
     def _wire_groups(self, targets: Sequence[Target]) -> dict[str, tuple[str, ...]]:
         """Make the groups that the targets lie in, once each; returns group name → member paths."""
@@ -157,6 +191,7 @@ class AdaptedModel:
 
     def add(self, name: str, source: LoraConfig | Adapter, *, seed: int = 0) -> Resident:
         """Make an adapter resident: a fresh one from a LoraConfig, or a loaded one. Raises AdapterError."""
+        self.check_attached()
         if name in self.residents:
             raise AdapterError(f"an adapter {name!r} is already attached; remove it first or choose another name")
         if self.merged:
@@ -196,13 +231,13 @@ class AdaptedModel:
             del self._embeddings[path].slots[resident.slot]
         for path in resident.saved:
             del self._replaced[path].slots[resident.slot]
-        for shared in self._shared.values():
-            shared.forget()
+        self._forget()
         del self.residents[name]
         self.active.pop(name, None)
 
     def resident(self, name: str) -> Resident:
         """The resident adapter of that name. Raises AdapterError with the nearest name."""
+        self.check_attached()
         if name not in self.residents:
             raise AdapterError(
                 f"no adapter {name!r} is attached{nearest(name, self.residents)}; attached: {listed(self.residents)}"
@@ -223,9 +258,17 @@ class AdaptedModel:
             and torch.equal(own[key].cpu(), tensor.to(own[key].dtype))
         ]
 
-    def activate(self, *names: str, **weights: float) -> None:
-        """Choose the adapters of plain forward calls: one, none, or a weighted combination (name=weight)."""
-        chosen = dict.fromkeys(names, 1.0) | weights
+    def activate(self, *names: str | Mapping[str, float], **weights: float) -> None:
+        """Choose the adapters of plain forward calls: one, none, or a weighted combination.
+
+        Names count once; weights as keywords, or as a mapping where a name is no identifier:
+        `activate({"my-note": 0.5, "b": 0.5})`. Raises AdapterError.
+        """
+        self.check_attached()
+        chosen: dict[str, float] = {}
+        for name in names:
+            chosen |= {name: 1.0} if isinstance(name, str) else name
+        chosen |= weights
         if chosen and self.merged:
             raise AdapterError("an adapter is merged into the base; unmerge it before activating one")
         self.check_combination(chosen)
@@ -240,6 +283,7 @@ class AdaptedModel:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The bare base within this block. Raises AdapterError while an adapter is merged into it."""
+        self.check_attached()
         if self.merged:
             raise AdapterError("an adapter is merged into the base; unmerge it to run the bare base")
         before, self.active = self.active, {}
@@ -289,6 +333,7 @@ class AdaptedModel:
     @contextmanager
     def using(self, layout: Layout) -> Iterator[None]:
         """Run over a flat batch with this layout; does not nest."""
+        self.check_attached()
         if self.layout is not None:
             raise InternalError("a Layout is in force already; they do not nest")
         if layout.spans.items and self.merged:
@@ -309,16 +354,14 @@ class AdaptedModel:
                 yield
         finally:
             self.layout, self.spans_now = before
-            for shared in self._shared.values():
-                shared.forget()
+            self._forget()
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [tokens, dim] of a flat batch (ids, positions: int64 [tokens]), inside `using`."""
         if self.layout is None:
             raise InternalError("hidden() needs a Layout in force")
-        decoder = self.model.get_decoder()
         if self.packs:
-            out = decoder(
+            out = self.decoder(
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=None,
@@ -334,9 +377,8 @@ class AdaptedModel:
             spans = self.layout.spans.within(segment.q0, segment.q1)
             layout = Layout((Segment(0, segment.q1 - segment.q0, 0, segment.q1 - segment.q0),), spans)
             with self.again(layout, None):
-                parts.append(
-                    decoder(input_ids=ids[None, segment.q0 : segment.q1], use_cache=False).last_hidden_state[0]
-                )
+                out = self.decoder(input_ids=ids[None, segment.q0 : segment.q1], use_cache=False)
+                parts.append(out.last_hidden_state[0])
         return torch.cat(parts)
 
     def logits(self, hidden: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -396,8 +438,3 @@ def _scaled(logits: torch.Tensor, config: Any) -> torch.Tensor:
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-def reseeded(spans: Spans, seed: int) -> Spans:
-    """The same spans with another dropout seed."""
-    return Spans(tuple(replace(item, seed=seed) for item in spans.items))

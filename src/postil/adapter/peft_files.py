@@ -81,7 +81,7 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> Path:
         "config": adapter.config.model_dump(mode="json"),
         "card": adapter.card,
     }
-    with atomic_directory(target) as temporary:
+    with atomic_directory(target, marker=OWN) as temporary:
         _write(temporary / CONFIG, _json(_peft_config(adapter)))
         _write(temporary / OWN, _json(own))
         _write(temporary / CARD, _model_card(adapter))

@@ -17,6 +17,8 @@ from postil.adapter.config import ALL_LINEAR, ATTENTION, FEED_FORWARD, LoraConfi
 from postil.errors import AdapterError, BaseModelError, listed, nearest
 
 Kind = Literal["linear", "conv1d", "embedding"]
+# Subclasses of nn.Linear with a forward of their own that is x W^T + b all the same.
+DENSE = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,46 @@ class Coverage:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How the module maps its input, or None where no adapter fits (as OPT's places, which are no ids)."""
+    """How the module maps its input, or None where no adapter fits (OPT's places, which are no ids; routers;
+    quantised layers): the class's own forward is what an adapter stands beside, so it must be the known one."""
+    forward = type(module).forward
     if isinstance(module, nn.Linear):
-        return "linear"
+        dense = forward is nn.Linear.forward or _class_name(module) in DENSE
+        return "linear" if dense and _plain_weight(module) else None
     if isinstance(module, Conv1D):
-        return "conv1d"
-    if isinstance(module, nn.Embedding) and len(inspect.signature(type(module).forward).parameters) == 2:
-        return "embedding"
+        return "conv1d" if forward is Conv1D.forward and _plain_weight(module) else None
+    if isinstance(module, nn.Embedding) and _plain_weight(module):
+        scaled = hasattr(module, "embed_scale") and len(inspect.signature(forward).parameters) == 2  # Gemma's
+        return "embedding" if forward is nn.Embedding.forward or scaled else None
     return None
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _plain_weight(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary floating tensor (quantised ones are integers or classes of their own)."""
+    weight = module.weight
+    return (
+        isinstance(weight, torch.Tensor)
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.is_floating_point()
+    )
+
+
+def refuse_foreign(model: PreTrainedModel) -> None:
+    """Raise AdapterError, naming one, where linear layers are of a class that neither torch nor a model's own
+    code brings (quantised ones): a choice of modules by a word would pass over them in silence."""
+    for path, module in model.named_modules():
+        own = type(module).forward is not nn.Linear.forward and type(module).__module__.startswith(
+            "transformers.models."
+        )
+        if isinstance(module, nn.Linear) and kind_of(module) is None and not own:
+            raise AdapterError(
+                f"{path} is a {type(module).__name__} ({module.weight.dtype}), a linear layer with arithmetic of its "
+                "own, which has no adapter; load the base unquantised, in float32, bfloat16 or float16"
+            )
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
@@ -89,6 +123,16 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise BaseModelError(
         f"{type(model).__name__} has no list of {count} decoder layers; postil adapts decoder-only models"
     )
+
+
+def inner_model(model: PreTrainedModel) -> nn.Module:
+    """The module that maps token ids to hidden states. Raises BaseModelError where there is none."""
+    found = model.get_decoder()
+    if found is model:  # transformers' lookup knows no inner model by its name (Llama 4)
+        found = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    if not isinstance(found, nn.Module) or found is model:
+        raise BaseModelError(f"{type(model).__name__} has no inner model that gives hidden states")
+    return found
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
@@ -233,6 +277,7 @@ def _last_parts(paths: Sequence[str]) -> list[str]:
 
 
 def _linear_paths(model: PreTrainedModel) -> list[str]:
+    refuse_foreign(model)
     head = output_head(model)
     return [
         path

@@ -171,7 +171,7 @@ def _make_from_wheel(entry: Entry, target: Path, wheel: str | Path | None, tell:
         model, tokenizer, _info = load_gguf(gguf)
         if entry.config is not None:
             _check_config(entry, model.config.to_dict())
-        with atomic_directory(target) as directory:
+        with atomic_directory(target, marker="config.json") as directory:
             write_directory(model, tokenizer, directory, dtype=getattr(torch, entry.dtype), config=entry.config)
             (directory / "README.md").write_text(_readme(entry), encoding="utf-8")
             found = compute_source(directory)
@@ -262,7 +262,7 @@ def _make_from_hub(entry: Entry, target: Path, tell: Progress) -> None:
     tell(f"downloading {entry.repository} from the hub ({entry.download_bytes / 1e6:.0f} MB)")
     snapshot = download(entry.repository)
     stored_tensors(snapshot)
-    with atomic_directory(target) as directory:
+    with atomic_directory(target, marker="config.json") as directory:
         for file in sorted(snapshot.iterdir()):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)

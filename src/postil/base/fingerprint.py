@@ -14,6 +14,7 @@ import torch
 
 from postil.base.cache import cache_directory
 from postil.base.stored import SINGLE, StoredTensor, read_config, stored_tensors, weight_files
+from postil.base.weights import HARMLESS
 from postil.errors import BaseModelError
 from postil.files import write_json
 
@@ -82,6 +83,38 @@ def live_source(model: Any) -> str:
         ((name, _stored_name(state[name]), tuple(state[name].shape), _tensor_sha256(state[name]))
          for name in sorted(state)),
     )  # fmt: skip
+
+
+def holds_stored(model: Any, directory: Path) -> bool:
+    """Whether every weight of a model in memory is the one that `directory` stores, in the model's own dtypes.
+
+    `model`: a PreTrainedModel. Stored names may lack the prefix of the inner model (GPT-2); a name that is not
+    stored must be tied to one that is. The first difference ends the comparison. Raises BaseModelError when the
+    directory is broken.
+    """
+    live: dict[str, torch.Tensor] = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    seen: set[int] = set()
+    for tensor in stored_tensors(directory):
+        found = live.get(tensor.name, live.get(prefix + tensor.name))
+        if found is None and tensor.name.endswith(HARMLESS):
+            continue
+        if found is None or tuple(found.shape) != tensor.shape or not _same(tensor, found):
+            return False
+        seen.add(found.data_ptr())
+    return all(tensor.data_ptr() in seen for tensor in live.values())
+
+
+def _same(stored: StoredTensor, live: torch.Tensor) -> bool:
+    """Whether the live tensor is the stored one, or what casting it to the live dtype gives, bit for bit."""
+    dtype = next((dtype for dtype, name in _STORED_NAMES.items() if name == stored.dtype), None)
+    if dtype is None:
+        return False
+    if dtype != live.dtype and live.numel():
+        raw = torch.from_file(str(stored.file), size=stored.file.stat().st_size, dtype=torch.uint8)
+        live = live.detach().cpu()
+        return torch.equal(raw[stored.begin : stored.end].clone().view(dtype).view(stored.shape).to(live.dtype), live)
+    return next(_stored_fields([stored]))[3] == _tensor_sha256(live)
 
 
 def numeric_form(model: torch.nn.Module) -> str:

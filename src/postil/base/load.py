@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from postil.base import catalog, hub
-from postil.base.fingerprint import Fingerprint, directory_source, gguf_source, live_source, numeric_form
+from postil.base.fingerprint import (
+    Fingerprint,
+    directory_source,
+    gguf_source,
+    holds_stored,
+    live_source,
+    numeric_form,
+)
 from postil.base.gguf import load_gguf
 from postil.base.quiet import LOADING_ERRORS, first_line, quiet
 from postil.base.stored import StoredTensor, read_config, read_object, stored_tensors
@@ -29,7 +36,8 @@ class Base:
     """An opened base: `model` (a PreTrainedModel in eval mode, every weight frozen) and its `tokenizer`.
 
     `tokenizer`: a fast one, or None for a model that the user loaded. `source`: what the user named.
-    `directory`: the HF directory it was read from, if any; `file`: the GGUF file, if any.
+    `directory`: the HF directory it was read from, if any; `file`: the GGUF file, if any. `as_stored`: whether
+    the weights are known to be those of the directory or file: postil read them and has not changed them.
     """
 
     model: Any
@@ -37,6 +45,7 @@ class Base:
     source: str
     directory: Path | None = None
     file: Path | None = None
+    as_stored: bool = True
     _form: str = field(default="", repr=False)
     _source_hash: str | None = field(default=None, repr=False)
 
@@ -71,15 +80,23 @@ class Base:
         return str(self.config.model_type)
 
     def fingerprint(self, *, verify: bool = False) -> Fingerprint:
-        """What this base is, by its bytes; computed once. `verify`: hash every stored byte anew."""
+        """What this base is, by its bytes; computed once. `verify`: hash every byte anew.
+
+        The directory's or file's where the weights are as stored there, else that of the weights in memory.
+        """
         if self._source_hash is None or verify:
-            if self.file is not None:
+            if self.as_stored and self.file is not None:
                 self._source_hash = gguf_source(self.file, verify=verify)
-            elif self.directory is not None:
+            elif self.directory is not None and (self.as_stored or holds_stored(self.model, self.directory)):
                 self._source_hash = directory_source(self.directory, verify=verify)
             else:
                 self._source_hash = live_source(self.model)
         return Fingerprint(self._source_hash, self._form)
+
+    def changed(self) -> None:
+        """To be called after the weights in memory changed (full fine-tuning): the fingerprint is taken anew."""
+        self.as_stored, self._source_hash = False, None
+        self._form = numeric_form(self.model)
 
 
 def load_base(
@@ -121,13 +138,18 @@ def open_tokenizer(directory: Path) -> tuple[Any, int | None]:
 
 
 def base_from_model(model: Any, tokenizer: Any = None) -> Base:
-    """A Base around a PreTrainedModel that the user has loaded; its weights are frozen in place."""
-    freeze(model)
+    """A Base around a PreTrainedModel that the user has loaded; its weights are frozen in place.
+
+    Its fingerprint is that of the directory it came from only where the weights are still those stored there.
+    Raises BaseModelError for the kinds that load_base refuses (recurrent, encoder-decoder, quantised).
+    """
     name = str(getattr(model.config, "_name_or_path", "") or "")
+    check_supported(model.config.to_dict(), Path(name or type(model).__name__), trust_remote_code=True)
+    freeze(model)
     directory = Path(name) if name and (Path(name) / "config.json").is_file() else None
     if directory is None and name:
         directory = hub.cached(name, getattr(model.config, "_commit_hash", None))
-    return Base(model, tokenizer, name or type(model).__name__, directory)
+    return Base(model, tokenizer, name or type(model).__name__, directory, as_stored=False)
 
 
 def freeze(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from postil.errors import BaseModelError, listed
 
 ALIGNMENT = 64  # bytes; a vector register's and a cache line's width
 # Stored by older versions of transformers, recomputed from the config by newer ones.
-_HARMLESS = (
+HARMLESS = (
     "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ def check_keys(info: dict[str, Any], place: Path) -> None:
             f"{place} stores {len(mismatched)} tensors in other shapes than its config.json says: "
             f"{listed(mismatched)}."
         )
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(HARMLESS))
     if unexpected:
         raise BaseModelError(
             f"{place} stores {len(unexpected)} tensors that its architecture does not use: "

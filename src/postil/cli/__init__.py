@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
 import typer
 
@@ -17,6 +19,8 @@ from postil.cli import (
     use_commands,
 )
 from postil.errors import PostilError
+
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of a slip's error
 
 app = typer.Typer(
     name="postil",
@@ -42,10 +46,35 @@ app.command()(demo_command.demo)
 def main() -> None:
     """Run the command line; exit code 2 for the user's mistakes, 1 for ours, 3 for the gate's refusal."""
     try:
-        app()
+        command = typer.main.get_command(app)
+        with command.make_context("postil", sys.argv[1:]) as context:  # not app(): it would hide a Ctrl-C
+            command.invoke(context)
     except PostilError as error:
         print(f"postil: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except typer.Exit as ending:
+        raise SystemExit(ending.exit_code) from None
     except KeyboardInterrupt:
         print("postil: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except USAGE as error:
+        print(usage_sentence(error), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def usage_sentence(error: Any) -> str:
+    """One sentence for a slip in the words of a command; the help where a group was given no word at all."""
+    context, said = error.ctx, " ".join(error.format_message().split())
+    if context is not None and error.message == context.get_help():
+        return str(error.message)
+    near = getattr(error, "possibilities", None)
+    if near:
+        said = f"No such option {error.option_name} (did you mean {near[0]}?)"
+    elif ". Did you mean " in said:
+        said = f"{said.replace('. Did you mean ', ' (did you mean ', 1)})"
+    else:
+        said = said.removesuffix(".") + (f" (see {context.command_path} --help)" if context else "")
+    return f"postil: {said}"

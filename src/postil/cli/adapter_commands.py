@@ -99,4 +99,6 @@ def merge(
     loaded = load_adapter(adapter)
     if force:
         loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
-    console.out.print(str(export_merged(load_base(base, dtype=dtype), loaded, out)), soft_wrap=True)
+    written = export_merged(load_base(base, dtype=dtype), loaded, out)
+    console.note(f"{written.drift} against base and adapter apart")
+    console.out.print(str(written.path), soft_wrap=True)

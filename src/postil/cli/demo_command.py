@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Train three adapters on the small known base, score them, answer for all in one batch.
 
-    Exits non-zero unless all three are measurably better than the bare base.
+    Exits non-zero unless all three are measurably better than the bare base. --out must be new, or an earlier demo's.
     Example: postil demo --out demo-report
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

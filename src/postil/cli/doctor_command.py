@@ -13,6 +13,9 @@ from postil import console
 
 def doctor(
     base: Annotated[str | None, typer.Option("--base", "-b", help="Explain which paths this base takes.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
+    ] = False,
 ) -> None:
     """Show the machine, the versions and which compute paths run.
 
@@ -20,7 +23,7 @@ def doctor(
     """
     facts = machine_facts()
     if base is not None:
-        facts |= base_facts(base)
+        facts |= base_facts(base, trust_remote_code)
     for key, value in facts.items():
         console.out.print(f"{key:>14}  {value}", soft_wrap=True, markup=False)
 
@@ -47,13 +50,13 @@ def machine_facts() -> dict[str, str]:
     }
 
 
-def base_facts(source: str) -> dict[str, str]:
+def base_facts(source: str, trust_remote_code: bool = False) -> dict[str, str]:
     """Which way a base's architecture runs, found by running it."""
     from postil.adapter import attach, detach
     from postil.adapter.layers import length_dependent_rotaries
     from postil.base import load_base
 
-    base = load_base(source)
+    base = load_base(source, trust_remote_code=trust_remote_code)
     model = attach(base)
     packs = model.packs
     rotaries = len(length_dependent_rotaries(base.model))

@@ -33,6 +33,9 @@ def train(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Put bad lines into DATA.bad.jsonl and go on.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
 ) -> None:
     """Train an adapter beside a frozen base (or, with --method full, the whole base).
@@ -43,7 +46,8 @@ def train(
     from postil.training import Recipe, prepare, read_recipe, with_settings
 
     values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
-    flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out)}
+    flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out),
+             "trust_remote_code": trust_remote_code or None}  # fmt: skip
     values |= {key: value for key, value in flags.items() if value is not None}
     inner = {"method": method, "learning_rate": learning_rate, "epochs": epochs}
     _override(values, "training", {key: value for key, value in inner.items() if value is not None})
@@ -67,8 +71,11 @@ def _override(values: dict[str, Any], group: str, flags: dict[str, Any]) -> None
 
 def _tell(job: Job) -> None:
     options = job.recipe.training
-    for line in job.dataset.report.lines():
-        console.note(line)
+    for dataset in (job.dataset, job.held_out):
+        for line in dataset.report.lines() if dataset is not None else []:
+            console.note(line)
+    for line in getattr(job.model, "notes", []):
+        console.warn(line)
     if options.method == "lora":
         for line in job.model.coverage("default").lines():
             console.note(line)
@@ -94,13 +101,11 @@ def _with_progress(job: Job) -> Outcome:
             if "valid_loss" in event:
                 bar.console.print(f"step {event['step']}: held-out loss {event['valid_loss']:.4f}", style="dim")
 
-        return job.run(watch)
+        return job.run(watch, tell=lambda line: bar.console.print(f"note: {line}", style="yellow", markup=False))
 
 
 def _finish(job: Job, outcome: Outcome) -> None:
     out = Path(job.recipe.out)
-    for line in outcome.notes:
-        console.warn(line)
     if outcome.stopped:
         console.warn(f"stopped at step {outcome.steps} of {outcome.total_steps} and saved; go on with:")
         console.err.print(f"  postil train {shlex.quote(str(out / 'recipe.yaml'))}", markup=False, soft_wrap=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +28,7 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most thi
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
 Force = Annotated[bool, typer.Option("--force", help="Take adapters made for another base.")]
+Code = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")]
 
 
 def generate(
@@ -40,6 +45,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
+    trust_remote_code: Code = False,
 ) -> None:
     """Answer a prompt, or every line of a file in one batch.
 
@@ -53,7 +59,7 @@ def generate(
         raise RequestError('give a prompt or --requests FILE, for example: postil generate "Hello" --base B')
     defaults = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
     asked = read_requests(requests, defaults) if requests is not None else []
-    with _engine(base, adapter, dtype, device, force) as engine:
+    with _engine(base, adapter, dtype, device, force, trust_remote_code) as engine:
         if requests is not None:
             for answer in engine.run(asked):
                 fields = {"text": answer.text, "adapter": answer.adapter, "finish_reason": answer.finish_reason,
@@ -71,18 +77,23 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Tokens = 256,
     temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Decides sampled answers; each turn takes the next one.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
+    trust_remote_code: Code = False,
 ) -> None:
     """Talk with the base and its note; an empty line or Ctrl-D ends.
 
+    Where the conversation outgrows the base's context its oldest turns are left out, and that is said.
     Example: postil chat --base smollm2-135m-instruct --adapter runs/support/adapter
     """
     from postil.engine import Request
 
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    with _engine(base, adapter, dtype, device, force) as engine:
+    opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    turns: list[Mapping[str, Any]] = []
+    with _engine(base, adapter, dtype, device, force, trust_remote_code) as engine:
+        name = _only(engine)
         while True:
             try:
                 text = console.err.input("[bold]you[/bold]  ").strip()
@@ -90,32 +101,77 @@ def chat(
                 break
             if not text:
                 break
-            messages.append({"role": "user", "content": text})
-            asked = Request(messages=tuple(messages), adapter=_only(engine), max_new_tokens=max_new_tokens,
-                            temperature=temperature)  # fmt: skip
-            messages.append({"role": "assistant", "content": _print_stream(engine, asked)})
+            asked = Request(messages=(*opening, *turns, {"role": "user", "content": text}), adapter=name,
+                            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # fmt: skip
+            fitting = _fitting(engine, asked, len(opening))
+            if fitting is None:
+                console.warn(
+                    f"this message and {max_new_tokens} new tokens do not fit the base's context of "
+                    f"{engine.model.base.context} tokens; it was left out: write less, or lower --max-new-tokens"
+                )
+                continue
+            answer = _print_stream(engine, fitting)
+            kept = list(fitting.messages or ())[len(opening) :]
+            turns = [*kept, {"role": "assistant", "content": answer}]
+            seed += 1
 
 
-def _engine(base: str, adapters: list[str] | None, dtype: str, device: str, force: bool) -> Engine:
+def _fitting(engine: Engine, asked: Request, opening: int) -> Request | None:
+    """The conversation without its oldest turns, as many as its context forbids; None where the last is too long."""
+    from postil.engine.request import prompt_ids
+
+    messages, base = list(asked.messages or ()), engine.model.base
+    left_out = 0
+    while len(prompt_ids(asked, 1, base.tokenizer)) + asked.max_new_tokens > (base.context or math.inf):
+        if len(messages) - opening < 3:
+            return None
+        del messages[opening : opening + 2]  # a question and its answer
+        left_out += 1
+        asked = replace(asked, messages=tuple(messages))
+    if left_out:
+        console.warn(
+            f"the conversation outgrew the base's context of {base.context} tokens; "
+            f"its oldest {'turn was' if left_out == 1 else f'{left_out} turns were'} left out"
+        )
+    return asked
+
+
+def _engine(
+    base: str, adapters: list[str] | None, dtype: str, device: str, force: bool, trust_remote_code: bool
+) -> Engine:
+    from postil.adapter import attach
     from postil.adapter.peft_files import load_adapter
     from postil.base import load_base
     from postil.engine import Engine
 
-    named = {}
+    places: dict[str, Path] = {}
     for given in adapters or []:
-        name, mark, path = given.partition("=")
-        place = Path(path if mark else given)
-        loaded = load_adapter(place)
-        if force:
-            loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
-        named[name if mark else _name_of(place)] = loaded
-    return Engine(load_base(base, dtype=dtype, device=device), adapters=named)
+        name, place = _named(given)
+        if name in places:
+            raise RequestError(
+                f"{places[name]} and {place} would both be called {name!r}; name one, for example -a second={place}"
+            )
+        places[name] = place
+    named = {name: load_adapter(place) for name, place in places.items()}
+    model = attach(load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code))
+    for name, loaded in named.items():
+        attach(model, loaded, name=name, force=force)
+        for line in model.notes:
+            console.warn(f"{name}: {line}")
+    model.active = {}  # each request says what it wants
+    return Engine(model)
 
 
-def _name_of(directory: Path) -> str:
-    """`runs/support/adapter` is called support; any other directory by its own name."""
-    whole = directory.resolve()
-    return whole.parent.name if whole.name == "adapter" else whole.name
+def _named(given: str) -> tuple[str, Path]:
+    """The name and directory of `name=directory`, or of a directory alone, which may have a "=" in its path.
+
+    `runs/support/adapter` alone is called support; any other directory by its own name.
+    """
+    name, mark, path = given.partition("=")
+    if name and mark and os.sep not in name and not Path(given).is_dir():
+        return name, Path(path)
+    whole = Path(given).resolve()
+    return whole.parent.name if whole.name == "adapter" else whole.name, Path(given)
 
 
 def _only(engine: Engine) -> str | None:

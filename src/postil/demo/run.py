@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from postil.demo.report import picture, write_report
 from postil.demo.scores import Gain, gain, general_windows, mean_nats, row_losses
 from postil.demo.teams import TEAMS, Team
 from postil.engine import Engine
-from postil.files import write_json, write_text
+from postil.files import check_vacant, write_json, write_text
 from postil.training import train
 
 BASE = "smollm2-135m-instruct"
 GENERAL_TOKENS = 8_192
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "schedule": "linear", "warmup": 10, "batch_size": 8}
+
+UNFINISHED: dict[str, Any] = {"good": False, "base_unchanged": None, "teams": {}}  # of a demo that was stopped
 
 Tell = Callable[[str], None]
 Watch = Callable[[str, dict[str, Any]], None]
@@ -74,12 +77,18 @@ class Demo:
 def run_demo(
     out: str | Path, *, device: str = "cpu", tell: Tell = lambda _: None, watch: Watch | None = None
 ) -> Demo:
-    """Run the demo into directory `out` (adapters, report.html, result.json)."""
+    """Run the demo into directory `out` (adapters, report.html, result.json), a new one or an earlier demo's.
+
+    Raises StorageError where anything else lies there.
+    """
     began = time.perf_counter()
     out = Path(out)
+    if not is_demo(out):
+        check_vacant(out)
     base = load_base(BASE, dtype="bfloat16", device=device)
     before = live_digest(base.model)
     model = attach(base)
+    write_json(out / "result.json", UNFINISHED)
     results = [_trained(model, team, out, tell, watch) for team in TEAMS]
     tell("scoring the losses of base and adapters on test rows and general text")
     windows = general_windows(model, GENERAL_TOKENS)
@@ -110,6 +119,15 @@ def run_demo(
     write_text(out / "curves.svg", picture(demo))
     write_json(out / "result.json", summary(demo))
     return demo
+
+
+def is_demo(directory: Path) -> bool:
+    """Whether a directory holds the result.json of an earlier demo, finished or not."""
+    try:
+        found = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and UNFINISHED.keys() <= found.keys()
 
 
 def base_facts(base: Base) -> dict[str, str]:

@@ -16,6 +16,7 @@ from postil.engine import Request
 Rows = list[dict[str, Any]]
 Score = Callable[[Sequence[str], Rows], float]
 
+TRAIN_ROWS = 304  # whole batches of 8, and at least 300
 BANNED = ("!", "sorry", "please", "unfortunately", "thank you")
 SIGN_OFF = "Fair winds, the Heron desk."
 
@@ -33,9 +34,9 @@ class Team:
     max_new_tokens: int
 
     def rows(self, split: str) -> Rows:
-        """The rows of `train` or `test`."""
+        """The first TRAIN_ROWS rows of `train`, or all of `test`."""
         text = (files("postil.data") / "samples" / "demo" / self.name / f"{split}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.splitlines()][: TRAIN_ROWS if split == "train" else None]
 
     def request(self, row: dict[str, Any], adapter: str | None) -> Request:
         """The test row's question, for the adapter or the bare base."""

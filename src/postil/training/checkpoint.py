@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
     }
     if progress.best is not None:
         tensors["best"] = progress.best
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory, marker=MANIFEST) as temporary:
         try:
             save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary / TENSORS)
         except SafetensorError as error:
@@ -66,7 +67,7 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
             "sha256": sha256_file(temporary / TENSORS),
         }
         write_json(temporary / MANIFEST, manifest)
-    for old in _directories(run)[:-keep]:
+    for old in [other for other in _directories(run) if other != directory][: 1 - keep or None]:
         _drop(old)
     return directory
 
@@ -82,12 +83,8 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
     if root.is_dir():
         remove_leftovers(root)
     for directory in reversed(_directories(run)):
-        try:
-            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-            whole = sha256_file(directory / TENSORS) == manifest["sha256"]
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
+        manifest = _whole(directory)
+        if manifest is None:
             notes.append(f"{directory.name} is not whole and was passed over")
             continue
         if manifest["identity"] != identity:
@@ -111,15 +108,27 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
             manifest["step"], manifest["best_step"], manifest["best_loss"], manifest["since_best"],
             None if best is None else best.to(optimizer.weights.flat.device),
         )  # fmt: skip
+        notes.append(f"going on from step {progress.step}")
         return progress, notes
     return Progress(), notes
 
 
 def _directories(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
+    """The checkpoints of a run, oldest first; other names are not ours to touch."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _whole(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint whose tensors are as it says, else None."""
+    try:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if sha256_file(directory / TENSORS) == manifest["sha256"] else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _drop(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink()
+    for name in (MANIFEST, TENSORS):
+        (directory / name).unlink(missing_ok=True)
     directory.rmdir()

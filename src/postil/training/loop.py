@@ -9,18 +9,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from postil.adapter.adapter import Adapter
 from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
 from postil.data import Dataset, Pack, Sample, epoch_steps
-from postil.errors import AdapterError, DataError, RunError, listed
+from postil.errors import AdapterError, DataError, RecipeError, RunError, StorageError, listed
 from postil.files import remove_leftovers
 from postil.kernels.layout import Layout, Span, Spans
 from postil.seeds import derive
@@ -42,7 +43,6 @@ class Outcome:
     valid_loss: float | None
     best_step: int
     stopped: bool
-    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -59,12 +59,15 @@ def train(
     """Train the resident adapter `name` (or, with method="full", every weight of the base); returns the adapter.
 
     out: the run directory (log.jsonl, TensorBoard, checkpoints; resumed where it holds a checkpoint of the
-    same recipe). valid: held-out samples; the best state is kept. settings: fields of TrainOptions. Raises
-    RunError when the loss is not finite or a checkpoint is another run's, AdapterError when a module gets no
-    gradient. `watch` is called with {"step", "loss", …} after every update.
+    same options, data, base and starting values). valid: held-out samples; the best state is kept. settings:
+    fields of TrainOptions. `watch` is called with {"step", "loss", …} after every update. Raises RunError when
+    loss or gradient is not finite or a checkpoint is another run's, AdapterError when a module gets no
+    gradient; after Ctrl-C it saves and raises KeyboardInterrupt.
     """
     options = options or TrainOptions(**settings)
-    run(model, _samples(data), _samples(valid), out=out, name=name, options=options, watch=watch)
+    outcome = run(model, _samples(data), _samples(valid), out=out, name=name, options=options, watch=watch)
+    if outcome.stopped:
+        raise KeyboardInterrupt
     return model.export(name) if options.method == "lora" else None
 
 
@@ -76,73 +79,113 @@ def run(
     out: str | Path | None,
     name: str,
     options: TrainOptions,
-    watch: Watcher | None,
-    identity: str = "",
+    watch: Watcher | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """The loop itself; see `train`. The model ends with the best state (the last where nothing is held out)."""
+    """The loop itself; see `train`. The model ends with the best state (the last where nothing is held out).
+
+    `tell` gets what the user should know, as it comes up: a resumed step, another machine, idle experts.
+    """
     if not samples:
         raise DataError("there is no sample to train on; look at the data with `postil data show`")
+    if options.patience is not None and not valid:
+        raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method == "lora" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
-    per_epoch = math.ceil(len(samples) / options.batch_size)
-    total = options.steps or per_epoch * options.epochs
+    model.checkpointing = options.gradient_checkpointing
+    try:
+        with _only_trainer(directory):
+            return _train(model, samples, valid, directory, resident, weights, options, watch, tell)
+    finally:
+        model.checkpointing = False
+        if resident is not None:
+            resident.train(False)
+        else:
+            model.model.requires_grad_(False)
+            model.base.changed()
+
+
+def _train(
+    model: AdaptedModel,
+    samples: list[Sample],
+    valid: list[Sample],
+    directory: Path | None,
+    resident: Resident | None,
+    weights: Trainable,
+    options: TrainOptions,
+    watch: Watcher | None,
+    tell: Callable[[str], None],
+) -> Outcome:
+    total = options.steps or math.ceil(len(samples) / options.batch_size) * options.epochs
     optimizer = AdamW.of(weights, options, total)
-    identity = fingerprint_of(identity, options, samples, weights)
-    progress, notes = Progress(), list[str]()
+    progress, identity = Progress(), ""
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(directory)
+        identity = identity_of(model, samples, valid, resident, weights, options)
         progress, notes = load_checkpoint(directory, optimizer, identity)
+        for line in notes:
+            tell(line)
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
     late = options.patience is not None and progress.since_best >= options.patience  # it stopped early before
-    model.checkpointing = options.gradient_checkpointing
-    log = RunLog(directory, progress.step) if directory is not None else None
-    try:
-        with _polite_stop() as stop:
-            for step, packs in _steps(samples, options, progress.step, progress.step if late else total):
-                started = time.perf_counter()
-                loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
-                if not math.isfinite(loss):
-                    raise RunError(
-                        f"loss {loss} at step {step}; lower the learning rate ({options.rate:g}) or look at rows "
-                        f"{listed(row for pack in packs for row in pack.rows)}; checkpoints before this step are kept"
-                    )
-                if step == 1 and resident is not None:
-                    notes += _check_gradients(resident)
-                norm, rate = optimizer.update()
-                progress.step = step
-                seconds = time.perf_counter() - started
-                event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
-                         "target_tokens": targets, "seconds": round(seconds, 4)}  # fmt: skip
-                if valid and (step % valid_every == 0 or step == total):
-                    event["valid_loss"] = validate(model, valid, resident, options.pack_tokens)
-                    _keep_best(progress, event["valid_loss"], step, weights)
-                if log is not None:
-                    log.write(step, **event)
-                if watch is not None:
-                    watch({"step": step, "total_steps": total, **event})
-                stopped = stop.is_set()
-                late = options.patience is not None and progress.since_best >= options.patience
-                if directory is not None and (step % save_every == 0 or step == total or stopped or late):
-                    save_checkpoint(directory, optimizer, progress, identity, options.keep_checkpoints)
-                if stopped or late:
-                    break
-    finally:
-        model.checkpointing = False
-        if log is not None:
-            log.__exit__(None, None, None)
-        if resident is not None:
-            resident.train(False)
+    with ExitStack() as stack:
+        log = stack.enter_context(RunLog(directory, progress.step)) if directory is not None else None
+        stop = stack.enter_context(_polite_stop())
+        for step, packs in _steps(samples, options, progress.step, progress.step if late else total):
+            started = time.perf_counter()
+            loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
+            norm = optimizer.clip()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise RunError(
+                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}) "
+                    f"or look at rows {listed(row for pack in packs for row in pack.rows)}; "
+                    "checkpoints before this step are kept"
+                )
+            if step == 1 and resident is not None:
+                for line in _check_gradients(resident):
+                    tell(line)
+            rate = optimizer.update()
+            progress.step = step
+            seconds = time.perf_counter() - started
+            event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
+                     "target_tokens": targets, "seconds": round(seconds, 4)}  # fmt: skip
+            if valid and (step % valid_every == 0 or step == total):
+                event["valid_loss"] = validate(model, valid, resident, options.pack_tokens)
+                _keep_best(progress, event["valid_loss"], step, weights)
+            if log is not None:
+                log.write(step, **event)
+            if watch is not None:
+                watch({"step": step, "total_steps": total, **event})
+            stopped = stop.is_set()
+            late = options.patience is not None and progress.since_best >= options.patience
+            if directory is not None and (step % save_every == 0 or step == total or stopped or late):
+                save_checkpoint(directory, optimizer, progress, identity, options.keep_checkpoints)
+            if stopped or late:
+                break
     if progress.best is not None and not stopped:
         with torch.no_grad():
             weights.flat.copy_(progress.best)
         weights.publish()
-    if options.method == "full":
-        model.model.requires_grad_(False)
-    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, tuple(notes))
+    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped)
+
+
+@contextmanager
+def _only_trainer(directory: Path | None) -> Iterator[None]:
+    """One process at a time trains in a run directory; what killed ones left there is removed."""
+    if directory is None:
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{directory} could not be made ({error.strerror}); choose another --out") from error
+    try:
+        with filelock.FileLock(directory / ".lock", timeout=0):
+            remove_leftovers(directory)
+            yield
+    except filelock.Timeout:
+        raise RunError(f"another process is training in {directory}; wait for it or choose another --out") from None
 
 
 def seconds_per_run(model: AdaptedModel, samples: list[Sample], name: str, options: TrainOptions) -> float:
@@ -166,15 +209,26 @@ def seconds_per_run(model: AdaptedModel, samples: list[Sample], name: str, optio
     return seconds * total / max(tokens, 1)
 
 
-def fingerprint_of(identity: str, options: TrainOptions, samples: Sequence[Sample], weights: Trainable) -> str:
-    """What a checkpoint must share with the run that resumes from it: recipe, data, and what is trained."""
-    digest = hashlib.sha256(identity.encode())
-    fields = options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})
+def identity_of(
+    model: AdaptedModel,
+    samples: Sequence[Sample],
+    valid: Sequence[Sample],
+    resident: Resident | None,
+    weights: Trainable,
+    options: TrainOptions,
+) -> str:
+    """What a checkpoint must share with the run that resumes from it: options, data, base, adapter, first values."""
+    digest = hashlib.sha256(str(model.base.fingerprint()).encode())
+    fields = [options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})]
+    if resident is not None:
+        fields.append(resident.config.model_dump(mode="json"))
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for sample in samples:
-        digest.update(len(sample.ids).to_bytes(8, "big"))
-        digest.update(sample.ids.tobytes() + sample.weights.tobytes())
-    digest.update(weights.flat.shape[0].to_bytes(8, "big"))
+    for kind in (samples, valid):
+        digest.update(len(kind).to_bytes(8, "big"))
+        for sample in kind:
+            digest.update(len(sample.ids).to_bytes(8, "big"))
+            digest.update(sample.ids.tobytes() + sample.weights.tobytes())
+    digest.update(weights.flat.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

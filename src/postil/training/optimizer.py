@@ -102,12 +102,16 @@ class AdamW:
         """A fresh optimiser: both moments zero."""
         return cls(weights, options, total_steps, 0, torch.zeros_like(weights.flat), torch.zeros_like(weights.flat))
 
-    def update(self) -> tuple[float, float]:
-        """Clip, one AdamW step, zero the gradients; returns (gradient norm before clipping, learning rate)."""
+    def clip(self) -> float:
+        """Scale the gradient down to the norm `clip`; returns its norm before (not finite: nothing was done)."""
+        norm = float(torch.linalg.vector_norm(self.weights.grad))
+        if math.isfinite(norm) and norm > self.options.clip:
+            self.weights.grad.mul_(self.options.clip / norm)
+        return norm
+
+    def update(self) -> float:
+        """One AdamW step with the gradient, which is zeroed; returns the learning rate."""
         options, gradient = self.options, self.weights.grad
-        norm = float(torch.linalg.vector_norm(gradient))
-        if norm > options.clip:
-            gradient.mul_(options.clip / norm)
         self.step += 1
         rate = rate_at(self.step, options, self.total_steps)
         first, second = options.betas
@@ -120,7 +124,7 @@ class AdamW:
             self.weights.flat.addcdiv_(self.exp_avg, unbiased, value=-rate / (1 - first**self.step))
         gradient.zero_()
         self.weights.publish()
-        return norm, rate
+        return rate
 
 
 def rate_at(step: int, options: TrainOptions, total_steps: int) -> float:

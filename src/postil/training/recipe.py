@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from postil.base import Base, load_base
 from postil.base.quiet import quiet
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
 from postil.errors import RecipeError, RunError
-from postil.files import atomic_directory, write_text
+from postil.files import atomic_directory, write_json, write_text
 from postil.settings import Settings
 from postil.training.loop import Outcome, Watcher, run, seconds_per_run
 from postil.training.options import TrainOptions
@@ -23,7 +25,8 @@ from postil.training.options import TrainOptions
 
 class Recipe(Settings):
     """What `postil train` runs. Keys: base, data, out, valid (or valid_share, a seeded share held out), dtype,
-    device, from_adapter (continue from an adapter's values), lora, rows (how the data is read), training."""
+    device, trust_remote_code (let the base's directory run its own code), from_adapter (continue from an
+    adapter's values), lora, rows (how the data is read), training."""
 
     where: ClassVar[str] = "recipe"
 
@@ -34,6 +37,7 @@ class Recipe(Settings):
     valid_share: float = Field(default=0.05, ge=0, lt=1)
     dtype: str = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
     from_adapter: str | None = None
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
     rows: DataOptions = Field(default_factory=DataOptions)
@@ -94,10 +98,11 @@ class Job:
     training: list[Sample]
     valid: list[Sample]
     dataset: Dataset
+    held_out: Dataset | None = None  # where the recipe names a file of its own
 
-    def run(self, watch: Watcher | None = None) -> Outcome:
-        """Train, then write the adapter (or the model) into the run directory."""
-        return _run(self, watch)
+    def run(self, watch: Watcher | None = None, tell: Callable[[str], None] = lambda _: None) -> Outcome:
+        """Train, then write the adapter (or the model) into the run directory; see training.loop.run."""
+        return _run(self, watch, tell)
 
     def seconds(self) -> float:
         """About how long `run` will take on this machine, from one step's gradients."""
@@ -105,11 +110,20 @@ class Job:
 
 
 def prepare(recipe: Recipe) -> Job:
-    """Load everything that a recipe names. Raises what the loaders raise."""
-    base = load_base(recipe.base, dtype=recipe.dtype, device=recipe.device)
+    """Load everything that a recipe names. Raises RecipeError for keys that exclude each other, and what the
+    loaders raise."""
+    plain = recipe.lora == LoraConfig()
+    if recipe.from_adapter is not None and not plain:
+        raise RecipeError("from_adapter brings the adapter's own configuration; leave the lora keys out")
+    if recipe.training.method == "full" and (recipe.from_adapter is not None or not plain):
+        raise RecipeError("training.method full trains every weight; leave lora and from_adapter out")
+    base = load_base(
+        recipe.base, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+    )
     dataset = load_data(recipe.data, base, recipe.rows, side_directory=None)
-    if recipe.valid is not None:
-        training, valid = dataset.samples, load_data(recipe.valid, base, recipe.rows).samples
+    held_out = load_data(recipe.valid, base, recipe.rows) if recipe.valid is not None else None
+    if held_out is not None:
+        training, valid = dataset.samples, held_out.samples
     else:
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
     model = attach(base)
@@ -120,24 +134,21 @@ def prepare(recipe: Recipe) -> Job:
 
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
-    return Job(recipe, base, model, list(training), list(valid), dataset)
+    return Job(recipe, base, model, list(training), list(valid), dataset, held_out)
 
 
-def _run(job: Job, watch: Watcher | None) -> Outcome:
+def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
     recipe, out = job.recipe, Path(job.recipe.out)
     fields = recipe.model_dump(mode="json")
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     kept = out / "recipe.yaml"
-    if kept.is_file() and kept.read_text(encoding="utf-8") != text:
+    begun = any((out / "checkpoints").glob("step-*"))
+    if begun and kept.is_file() and kept.read_text(encoding="utf-8") != text:
         raise RunError(f"{out} holds a run of another recipe; choose another --out or remove that directory")
-    if not kept.is_file():
-        write_text(kept, text)
-    fingerprint = job.base.fingerprint()
-    identity = json.dumps([fields["lora"], recipe.from_adapter, str(fingerprint)], sort_keys=True)
+    write_text(kept, text)
     outcome = run(
-        job.model, job.training, job.valid, out=out, name="default", options=recipe.training, watch=watch,
-        identity=identity,
-    )  # fmt: skip
+        job.model, job.training, job.valid, out=out, name="default", options=recipe.training, watch=watch, tell=tell
+    )
     if outcome.stopped:
         return outcome
     if recipe.training.method == "full":
@@ -147,7 +158,13 @@ def _run(job: Job, watch: Watcher | None) -> Outcome:
         report = job.dataset.report
         adapter.card |= {
             "recipe": fields,
-            "data": {"sha256": report.sha256, "samples": len(job.training), "held_out": len(job.valid)},
+            "data": {
+                "sha256": report.sha256,
+                "samples": len(job.training),
+                "held_out": len(job.valid),
+                "held_out_sha256": job.held_out.report.sha256 if job.held_out is not None else None,
+            },
+            "versions": {name: version(name) for name in ("postil", "torch", "transformers")},
             "template_hash": report.template_hash,
             "result": {"steps": outcome.steps, "valid_loss": outcome.valid_loss, "best_step": outcome.best_step},
         }
@@ -159,7 +176,8 @@ def _run(job: Job, watch: Watcher | None) -> Outcome:
 
 def _save_model(job: Job, directory: Path) -> None:
     """A fully fine-tuned model as a Hugging Face directory."""
-    with atomic_directory(directory) as temporary, quiet():
+    with atomic_directory(directory, marker="postil.json") as temporary, quiet():
         job.base.model.save_pretrained(temporary)
+        write_json(temporary / "postil.json", {"recipe": job.recipe.model_dump(mode="json"), "method": "full"})
         if job.base.tokenizer is not None:
             job.base.tokenizer.save_pretrained(temporary)

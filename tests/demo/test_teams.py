@@ -1,0 +1,124 @@
+"""The demo's teams: each score on right and wrong answers, how many rows, and no test row learned."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from postil.demo.teams import SIGN_OFF, TEAMS, TRAIN_ROWS, Team, bleu, exact_calls, house_tone
+
+BY_NAME = {team.name: team for team in TEAMS}
+
+
+def calling(*calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    made = [{"type": "function", "function": {"name": name, "arguments": inner}} for name, inner in calls]
+    return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": made}]}
+
+
+def answered(name: str, arguments: dict[str, Any]) -> str:
+    return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
+
+
+DESK = {"desk": "A22", "floor": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (answered("book", DESK), 100.0),
+        (answered("book", {"floor": 2, "desk": "A22"}), 100.0),  # the order of arguments is nothing
+        (answered("cancel", DESK), 0.0),
+        (answered("book", DESK | {"floor": 3}), 0.0),
+        (answered("book", {"desk": "A22"}), 0.0),
+        (answered("book", DESK | {"more": 1}), 0.0),
+        (answered("book", DESK) + answered("book", DESK), 0.0),
+        ("I have booked A22.", 0.0),
+        ("", 0.0),
+        ('<tool_call>{"name": "book"', 0.0),
+    ],
+)
+def test_exact_calls(answer: str, score: float) -> None:
+    assert exact_calls([answer], [calling(("book", DESK))]) == score
+
+
+def test_exact_calls_counts_rows() -> None:
+    rows = [calling(("book", DESK)), calling(("book", {})), calling(("a", {}), ("b", {}))]
+    both = answered("a", {}) + answered("b", {})
+    assert exact_calls([answered("book", DESK), answered("other", {}), both], rows) == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (f"Aye, we sail at nine. The gulls are up by then. {SIGN_OFF}", 100.0),
+        (f"  Ah, no. It is shut. Try the pier. {SIGN_OFF}\n", 100.0),
+        (f"Yes, we sail at nine. The gulls are up by then. {SIGN_OFF}", 0.0),
+        ("Aye, we sail at nine. The gulls are up by then.", 0.0),
+        (f"Aye, we sail at nine {SIGN_OFF}", 0.0),
+        (f"Aye. {SIGN_OFF}", 0.0),
+        (f"Aye, one. Two. Three. Four. {SIGN_OFF}", 0.0),
+        (f"Aye, we sail at nine! The gulls are up. By then. {SIGN_OFF}", 0.0),
+        (f"Aye, Sorry about that. The gulls are up. {SIGN_OFF}", 0.0),
+        (f"Aye, we sail at nine. Thank you for asking. {SIGN_OFF}", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_house_tone(answer: str, score: float) -> None:
+    assert house_tone([answer], [{}]) == score
+
+
+def test_bleu_takes_either_reference() -> None:
+    first, second = (
+        "The Gudgeon is a cheap pub near the old mill.",
+        "A cheap pub, the Gudgeon stands by the old mill.",
+    )
+    rows = [{"references": [first, second]}] * 4
+    assert bleu([first, f" {second}\n", first, second], rows) == pytest.approx(100.0)
+    assert bleu(["Nothing of that kind was ever said by anyone."] * 4, rows) < 10
+    assert 20 < bleu(["The Gudgeon is a cheap pub near some station."] * 4, rows) < 90
+
+
+@pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
+def test_the_references_score_full_marks(team: Team) -> None:
+    rows = team.rows("test")
+    if team.name == "tools":
+        answers = [
+            "".join(answered(call["function"]["name"], call["function"]["arguments"])
+                    for call in row["messages"][-1]["tool_calls"])
+            for row in rows
+        ]  # fmt: skip
+    else:
+        answers = [team.wanted(row) for row in rows]
+    assert team.score(answers, rows) == pytest.approx(100.0)
+    assert team.score(["I do not know"] * len(rows), rows) < 1
+
+
+@pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
+def test_how_many_rows_there_are(team: Team) -> None:
+    assert len(team.rows("train")) == TRAIN_ROWS >= 300
+    assert TRAIN_ROWS % 8 == 0
+    assert len(team.rows("test")) >= 40
+
+
+def words_of(row: dict[str, Any]) -> frozenset[str]:
+    """The words of what a row asks (where it asks in keys: of its sentence), all names and numbers one."""
+    text = row["completion"] if "completion" in row else row["messages"][0]["content"]
+    return frozenset(re.sub(r"\b[A-Z]\w*|\d+", "_", word) for word in re.findall(r"\w+", text))
+
+
+def overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / max(len(one | other), 1)
+
+
+@pytest.mark.parametrize(("name", "most"), [("tools", 0.5), ("tone", 0.5), ("restaurants", 0.75)])
+def test_no_test_row_is_nearly_a_training_row(name: str, most: float) -> None:
+    place = files("postil.data") / "samples" / "demo" / name / "train.jsonl"
+    learned = [words_of(json.loads(line)) for line in place.read_text(encoding="utf-8").splitlines()]
+    tested = [words_of(row) for row in BY_NAME[name].rows("test")]
+    assert len(set(tested)) == len(tested)
+    assert max(overlap(one, other) for one in tested for other in learned) < most
+    assert max(overlap(one, learned[0]) for one in [*tested, learned[0]]) == 1  # a copy would be seen
