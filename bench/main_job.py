@@ -66,7 +66,7 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 def windows(model: AdaptedModel, path: Path, tokens: int, window: int) -> list[Sample]:
     """The first `tokens` tokens of a text file's documents, in windows."""
     text = "\n\n".join(row["text"] for row in rows_of(path))
-    ids = model.base.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     out = []
     for start in range(0, len(ids), window):
         part = np.array(ids[start : start + window], dtype=np.int32)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from postil.data import DataOptions
 from postil.demo import Demo
 from postil.demo.report import picture, write_report
 from postil.demo.run import UNFINISHED, TeamResult, summary
@@ -24,7 +23,7 @@ NASTY = "<script>alert('x')</script> & \"quoted\""
 def demo(tmp_path: Path) -> Demo:
     results = []
     for name in ("one", "two", "three"):
-        team = Team(name, f"Team {name} & <co>", "BLEU < 100", 1, DataOptions(), bleu, 8)
+        team = Team(name, f"Team {name} & <co>", "BLEU < 100", 1e-3, bleu, 8)
         results.append(
             TeamResult(
                 team, 12.0, 304, base_score=3.0, score=41.5, base_loss=2.5, loss=1.25, gain=Gain(1.2, 1.1, 1.3),

@@ -23,7 +23,7 @@ from postil.training import train
 
 BASE = "smollm2-135m-instruct"
 GENERAL_TOKENS = 8_192
-SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "schedule": "linear", "warmup": 10, "batch_size": 8}
+SETTINGS: dict[str, Any] = {"schedule": "linear", "warmup": 8, "batch_size": 8}
 
 UNFINISHED: dict[str, Any] = {"good": False, "base_unchanged": None, "teams": {}}  # of a demo that was stopped
 
@@ -94,7 +94,7 @@ def run_demo(
     windows = general_windows(model, GENERAL_TOKENS)
     base_general = mean_nats(row_losses(model, windows, None))
     for result in results:
-        samples = load_data(result.team.rows("test"), base, result.team.options).samples
+        samples = load_data(result.team.rows("test"), base).samples
         bare = row_losses(model, samples, None)
         mine = row_losses(model, samples, result.team.name)
         result.base_loss, result.loss, result.gain = mean_nats(bare), mean_nats(mine), gain(bare, mine)
@@ -137,8 +137,8 @@ def base_facts(base: Base) -> dict[str, str]:
 
 
 def _trained(model: AdaptedModel, team: Team, out: Path, tell: Tell, watch: Watch | None) -> TeamResult:
-    data = load_data(team.rows("train"), model.base, team.options)
-    tell(f"{team.title}: {len(data.samples)} rows, {data.report.tokens * team.epochs:,} tokens to learn from")
+    data = load_data(team.rows("train"), model.base)
+    tell(f"{team.title}: {len(data.samples)} rows, {data.report.tokens:,} tokens to learn from")
     attach(model, LoraConfig(), name=team.name, seed=0)
     curve: list[tuple[int, float]] = []
 
@@ -148,7 +148,7 @@ def _trained(model: AdaptedModel, team: Team, out: Path, tell: Tell, watch: Watc
             watch(team.title, event)
 
     began = time.perf_counter()
-    adapter = train(model, data, name=team.name, epochs=team.epochs, watch=note, **SETTINGS)
+    adapter = train(model, data, name=team.name, learning_rate=team.learning_rate, watch=note, **SETTINGS)
     seconds = time.perf_counter() - began
     assert adapter is not None
     save_adapter(adapter, out / team.name)

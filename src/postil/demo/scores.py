@@ -79,7 +79,7 @@ def general_windows(model: AdaptedModel, tokens: int) -> list[Sample]:
     """The general sample that ships with postil as windows of 512 tokens, `tokens` or a little more in all."""
     text = (files("postil.data") / "samples" / "general.jsonl").read_text(encoding="utf-8")
     documents = [json.loads(line)["text"] for line in text.splitlines()]
-    ids = model.base.tokenizer("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    ids = model.base.tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     windows = []
     for start in range(0, min(len(ids), tokens), WINDOW):
         window = np.array(ids[start : start + WINDOW], dtype=np.int32)

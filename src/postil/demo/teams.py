@@ -10,7 +10,7 @@ from typing import Any
 
 import sacrebleu
 
-from postil.data import DataOptions, parse_tool_calls
+from postil.data import parse_tool_calls
 from postil.engine import Request
 
 Rows = list[dict[str, Any]]
@@ -23,13 +23,12 @@ SIGN_OFF = "Fair winds, the Heron desk."
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """One team: its rows, how they are read, how long it is trained, and its score (0 to 100, more is better)."""
+    """One team: its rows, the peak of its learning rate, and its score (0 to 100, more is better)."""
 
     name: str
     title: str
     measure: str
-    epochs: int
-    options: DataOptions
+    learning_rate: float
     score: Score
     max_new_tokens: int
 
@@ -41,10 +40,7 @@ class Team:
     def request(self, row: dict[str, Any], adapter: str | None) -> Request:
         """The test row's question, for the adapter or the bare base."""
         if "prompt" in row:
-            return Request(
-                prompt=row["prompt"] + self.options.separator, raw=True, adapter=adapter,
-                max_new_tokens=self.max_new_tokens, stop=("\n",),
-            )  # fmt: skip
+            return Request(prompt=row["prompt"], adapter=adapter, max_new_tokens=self.max_new_tokens)
         return Request(
             messages=tuple(row["messages"][:-1]), tools=row.get("tools"), adapter=adapter,
             max_new_tokens=self.max_new_tokens,
@@ -93,7 +89,7 @@ def bleu(answers: Sequence[str], rows: Rows) -> float:
 
 
 TEAMS = (
-    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 1, DataOptions(), exact_calls, 64),
-    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 2, DataOptions(), house_tone, 64),
-    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 2, DataOptions(format="raw"), bleu, 56),
+    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 2e-3, exact_calls, 64),
+    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 1e-3, house_tone, 64),
+    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 1e-3, bleu, 56),
 )

@@ -134,7 +134,9 @@ class _AdaptedLinear(torch.autograd.Function):
             for j, (low, high) in enumerate(slot.ranges()):
                 b, bias = slot.b[j], slot.biases[j]
                 if b is not None:
-                    outputs[j][rows].add_(h[:, low:high] @ slot.cast(b, x.dtype).T, alpha=span.scale * slot.scales[j])
+                    outputs[j][rows].addmm_(
+                        h[:, low:high], slot.cast(b, x.dtype).T, alpha=span.scale * slot.scales[j]
+                    )
                 if bias is not None:
                     own = group.members[j].bias
                     shift = bias.detach() if own is None else bias.detach() - own.detach()
