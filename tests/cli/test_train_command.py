@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +166,20 @@ def test_an_interrupted_save_leaves_nothing_half_written(
     assert not list((tmp_path / "out").glob(".postil-tmp-*"))
 
 
-@pytest.fixture
-def small_disk() -> Any:
-    """small_disk(bytes): no file may grow beyond that, which writers see as they see a full disk."""
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, which writers see as they see a full disk.
+
+    Lifted before pytest writes again: its own output may be a file that is longer already.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(
@@ -181,23 +189,19 @@ def small_disk() -> Any:
         (8000, "out/checkpoints/step-00000001 could not be written (state.safetensors: "),
     ],
 )
-def test_a_full_disk_at_a_save(
-    refusal: Any, train: Any, rows: Path, tmp_path: Path, small_disk: Any, size: int, said: str
-) -> None:
-    small_disk(size)
-    message = refusal(*train, rows)
+def test_a_full_disk_at_a_save(refusal: Any, train: Any, rows: Path, tmp_path: Path, size: int, said: str) -> None:
+    with small_disk(size):
+        message = refusal(*train, rows)
     assert said in message
     assert message.count("could not be written") == 1
     left = [path.name for path in tmp_path.rglob("*")]
     assert not [name for name in left if "tmp" in name or "safetensors" in name]
 
 
-def test_a_full_disk_at_the_log_keeps_the_checkpoints(
-    refusal: Any, train: Any, rows: Path, tmp_path: Path, small_disk: Any
-) -> None:
-    small_disk(20_000)
+def test_a_full_disk_at_the_log_keeps_the_checkpoints(refusal: Any, train: Any, rows: Path, tmp_path: Path) -> None:
     settings = ("training.steps=400", "training.checkpoint_every=50", "lora.r=1", "valid_share=0")
-    message = refusal(*train, rows, *(word for setting in settings for word in ("--set", setting)))
+    with small_disk(20_000):
+        message = refusal(*train, rows, *(word for setting in settings for word in ("--set", setting)))
     assert "out could not be written to (File too large); its last checkpoint is whole" in message
     (newest,) = sorted((tmp_path / "out/checkpoints").iterdir())[-1:]
     assert (newest / "manifest.json").is_file()
