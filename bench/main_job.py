@@ -17,17 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sacrebleu
 import torch
 import yaml
 
 from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.base import load_base
-from postil.data import DataOptions, Sample, load_data
-from postil.demo.scores import mean_nats, row_losses
+from postil.data import DataOptions, load_data
 from postil.engine import Engine, Request
 from postil.files import write_json
+from postil.judging.scoring import mean_nats, row_losses, windows
 from postil.training import TrainOptions
 from postil.training.loop import run as run_training
 
@@ -63,24 +62,17 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return float(sacrebleu.corpus_bleu(list(answers), streams).score)
 
 
-def windows(model: AdaptedModel, path: Path, tokens: int, window: int) -> list[Sample]:
-    """The first `tokens` tokens of a text file's documents, in windows."""
-    text = "\n\n".join(row["text"] for row in rows_of(path))
-    ids = model.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    out = []
-    for start in range(0, len(ids), window):
-        part = np.array(ids[start : start + window], dtype=np.int32)
-        weights = np.ones(len(part), dtype=np.float32)
-        weights[0] = 0
-        out.append(Sample(part, weights, start))
-    return out
+def texts_of(path: Path) -> list[str]:
+    """The documents of a text file."""
+    return [row["text"] for row in rows_of(path)]
 
 
 def general(model: AdaptedModel, data: Path, adapter: str | None) -> dict[str, float]:
     """Nats per token of general text, at the issue's setting and at the reference's."""
     folder = data / "general"
-    test = windows(model, folder / "wikitext2_test.jsonl", 32_768, 1024)
-    valid = windows(model, folder / "wikitext2_valid.jsonl", 16_384, 512)
+    tokenizer = model.base.tokenizer
+    test = windows(tokenizer, texts_of(folder / "wikitext2_test.jsonl"), 32_768, 1024)
+    valid = windows(tokenizer, texts_of(folder / "wikitext2_valid.jsonl"), 16_384, 512)
     return {
         "wikitext2_test_32768x1024": mean_nats(row_losses(model, test, adapter)),
         "wikitext2_valid_16384x512": mean_nats(row_losses(model, valid, adapter)),

@@ -1,7 +1,7 @@
 """Writes the generated parts of README.md and docs/*.md: the commands' reference and the tree of files.
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`; NAME is `commands` or
-`tree`. `make docs` rewrites the parts, `make check` (with --check) fails where one is stale.
+A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`; NAME is a key of PARTS. `make docs`
+rewrites the parts, `make check` (with --check) fails where one is stale.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
+from tables import benches, evidence, main_job
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/postil"
@@ -75,7 +76,7 @@ def described_parameter(parameter: object) -> str:
     return entry + (f" (default `{default}`)" if told else " (required)" if parameter.required else "")
 
 
-PARTS = {"commands": commands, "tree": tree}
+PARTS = {"commands": commands, "tree": tree, "main_job": main_job, "evidence": evidence, "benches": benches}
 
 
 def refreshed(text: str) -> str:

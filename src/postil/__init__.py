@@ -16,23 +16,34 @@ __all__ = [
     "BaseModelError",
     "DataError",
     "Engine",
+    "GateError",
     "InternalError",
+    "JudgeError",
+    "JudgeOptions",
     "LoraConfig",
     "PostilError",
     "RecipeError",
+    "Registry",
+    "RegistryError",
     "Request",
     "RequestError",
     "RunError",
+    "ScoreCard",
     "StorageError",
     "__version__",
     "attach",
     "detach",
     "export_merged",
+    "judge",
     "load_adapter",
     "load_base",
     "load_data",
     "merge",
+    "plan",
+    "publish",
     "save_adapter",
+    "shrink",
+    "spectrum",
     "train",
     "unmerge",
 ]
@@ -45,22 +56,33 @@ _HOME = {
     "BaseModelError": "postil.errors",
     "DataError": "postil.errors",
     "Engine": "postil.engine",
+    "GateError": "postil.errors",
     "InternalError": "postil.errors",
+    "JudgeError": "postil.errors",
+    "JudgeOptions": "postil.judging.options",
     "LoraConfig": "postil.adapter.config",
     "PostilError": "postil.errors",
     "RecipeError": "postil.errors",
+    "Registry": "postil.registry",
+    "RegistryError": "postil.errors",
     "Request": "postil.engine",
     "RequestError": "postil.errors",
     "RunError": "postil.errors",
+    "ScoreCard": "postil.judging.card",
     "StorageError": "postil.errors",
     "attach": "postil.adapter.attach",
     "detach": "postil.adapter.attach",
     "export_merged": "postil.adapter.merge",
+    "judge": "postil.judging.judge",
     "load_adapter": "postil.adapter.peft_files",
     "load_base": "postil.base",
     "load_data": "postil.data",
     "merge": "postil.adapter.merge",
+    "plan": "postil.planning.plan",
+    "publish": "postil.registry",
     "save_adapter": "postil.adapter.peft_files",
+    "shrink": "postil.adapter.shrink",
+    "spectrum": "postil.adapter.spectrum",
     "train": "postil.training",
     "unmerge": "postil.adapter.merge",
 }
@@ -71,6 +93,8 @@ if TYPE_CHECKING:
     from postil.adapter.config import LoraConfig
     from postil.adapter.merge import export_merged, merge, unmerge
     from postil.adapter.peft_files import load_adapter, save_adapter
+    from postil.adapter.shrink import shrink
+    from postil.adapter.spectrum import spectrum
     from postil.base import Base, load_base
     from postil.data import load_data
     from postil.engine import Engine, Request
@@ -78,13 +102,21 @@ if TYPE_CHECKING:
         AdapterError,
         BaseModelError,
         DataError,
+        GateError,
         InternalError,
+        JudgeError,
         PostilError,
         RecipeError,
+        RegistryError,
         RequestError,
         RunError,
         StorageError,
     )
+    from postil.judging.card import ScoreCard
+    from postil.judging.judge import judge
+    from postil.judging.options import JudgeOptions
+    from postil.planning.plan import plan
+    from postil.registry import Registry, publish
     from postil.training import train
 else:
 

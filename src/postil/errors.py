@@ -36,6 +36,21 @@ class RunError(PostilError, RuntimeError):
     """A run directory that cannot be continued, or a run that went wrong (a loss that is not finite)."""
 
 
+class JudgeError(PostilError, ValueError):
+    """A score card, a metric or a set to judge on that cannot be used."""
+
+
+class GateError(PostilError, RuntimeError):
+    """An adapter that the gate refused: the sentence says which condition broke, and by how much."""
+
+    exit_code = 3
+    result: object = None  # the GateResult, where there is one
+
+
+class RegistryError(PostilError, ValueError):
+    """A registry, a version or an alias that is missing, changed, or moved by another at the same time."""
+
+
 class RequestError(PostilError, ValueError):
     """A generation request that cannot be served as written."""
 

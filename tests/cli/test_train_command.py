@@ -278,7 +278,7 @@ def test_data_that_is_not_there(refusal: Any, train: Any, rows: Path, tmp_path: 
     [
         (["--epohcs", "2"], "No such option --epohcs (did you mean --epochs?)"),
         (["--epochs", "two"], "Invalid value for '--epochs': Input should be a valid integer, "),
-        (["--method", "lroa"], "recipe: training: method: Input should be 'lora' or 'full' (found 'lroa')"),
+        (["--method", "lroa"], "recipe: training: method: Input should be 'lora', 'qlora' or 'full' (found 'lroa')"),
         (["--lr", "-1"], "recipe: training: learning_rate: Input should be greater than 0 (found -1.0)"),
         (["--set", "training.epoch=2"], "recipe: training: unknown key 'epoch' (did you mean 'epochs'?)"),
         (["--set", "training.lr=2"], "recipe: training: unknown key 'lr'; known: method, learning_rate, epochs,"),

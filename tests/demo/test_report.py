@@ -12,8 +12,8 @@ import pytest
 from postil.demo import Demo
 from postil.demo.report import picture, write_report
 from postil.demo.run import UNFINISHED, TeamResult, summary
-from postil.demo.scores import Gain
 from postil.demo.teams import Team, bleu
+from postil.judging.card import Estimate
 
 FACTS = {"name": "a <b>base</b>", "parameters": "134.5 M", "fingerprint": "sha256:00"}
 NASTY = "<script>alert('x')</script> & \"quoted\""
@@ -26,8 +26,9 @@ def demo(tmp_path: Path) -> Demo:
         team = Team(name, f"Team {name} & <co>", "BLEU < 100", 1e-3, bleu, 8)
         results.append(
             TeamResult(
-                team, 12.0, 304, base_score=3.0, score=41.5, base_loss=2.5, loss=1.25, gain=Gain(1.2, 1.1, 1.3),
-                general=3.05, curve=[(1, 3.0), (2, 2.0), (3, 1.5)], answers=[(NASTY, "wanted", "bare", NASTY)],
+                team, 12.0, 304, base_score=3.0, score=41.5, base_loss=2.5, loss=1.25,
+                gain=Estimate(value=1.2, low=1.1, high=1.3), general=3.05,
+                curve=[(1, 3.0), (2, 2.0), (3, 1.5)], answers=[(NASTY, "wanted", "bare", NASTY)],
             )
         )  # fmt: skip
     return Demo(
@@ -57,7 +58,7 @@ def test_the_page_tells_the_figures(demo: Demo) -> None:
         assert said in text
     assert "All three notes are better than the bare base" in text
     assert text.count("<td>better</td>") == 3
-    worse = dataclasses.replace(demo.teams[0], gain=Gain(0.1, -0.1, 0.3))
+    worse = dataclasses.replace(demo.teams[0], gain=Estimate(value=0.1, low=-0.1, high=0.3))
     bad = dataclasses.replace(demo, teams=[worse, *demo.teams[1:]], digest_after="sha256:" + "b" * 64)
     assert (demo.good, bad.good) == (True, False)
     text = page(bad)

@@ -22,7 +22,7 @@ from postil.training import train
 
 pytestmark = pytest.mark.base
 
-EQUAL = 1e-5  # of the largest logit, which is 36
+EQUAL = 1e-5  # absolute, on logits up to 36, for a plain pass; of the largest logit for the packed one
 TEXT = "The margin of an old book holds more than its text: a date, a doubt, 3 + 4 = 7, and a name."
 CONFIG = LoraConfig(
     r=8, target_modules=("attention", "down_proj"), rank_pattern={r"layers\.3\.self_attn\.q_proj": 4},
@@ -66,7 +66,7 @@ def test_our_adapter_in_peft(base: Base, text: torch.Tensor, lab: Any, tmp_path:
     detach(model)
     assert torch.equal(lab.plain(base.model, text, one), bare)
     theirs = lab.peft_load(copy.deepcopy(base.model), tmp_path / "a")
-    check(lab, lab.plain(theirs, text, one), wanted)
+    lab.near(lab.plain(theirs, text, one), wanted, EQUAL)
 
 
 def test_pefts_adapter_here(base: Base, text: torch.Tensor, lab: Any, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_pefts_adapter_here(base: Base, text: torch.Tensor, lab: Any, tmp_path: 
     theirs.save_pretrained(str(tmp_path / "a"))
     del theirs
     model = attach(base, load_adapter(tmp_path / "a"))
-    check(lab, lab.plain(base.model, text, one), wanted)
+    lab.near(lab.plain(base.model, text, one), wanted, EQUAL)
     check(lab, lab.packed(model, text, one), wanted)
     detach(model)
 

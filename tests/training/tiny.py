@@ -28,3 +28,17 @@ def tiny_samples(count: int = 23, seed: int = 0) -> list[Sample]:
         weights[0], weights[-1] = 0, 1
         samples.append(Sample(random.integers(0, 61, length).astype(np.int32), weights, row + 1))
     return samples
+
+
+@torch.no_grad()
+def tiny_documents(count: int = 12, length: int = 48, seed: int = 0) -> list[Sample]:
+    """What the tiny base says by itself at temperature 1: the one general text that it is good at."""
+    model = tiny_model().model
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(61, (count, 1), generator=generator)
+    while ids.shape[1] < length:
+        chances = model(ids, use_cache=False).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+    weights = np.ones(length, dtype=np.float32)
+    weights[0] = 0
+    return [Sample(row.numpy().astype(np.int32), weights, number + 1) for number, row in enumerate(ids)]

@@ -12,8 +12,9 @@ from torch import nn
 
 from postil.adapter.bank import EmbeddingSlot
 from postil.adapter.targets import kind_of, sizes_of
+from postil.base import Nf4Linear
 from postil.errors import InternalError
-from postil.kernels.adapted_linear import Group, adapted_linear
+from postil.kernels.adapted_linear import Group, Projection, adapted_linear
 from postil.kernels.layout import Spans
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -49,6 +50,11 @@ class DenseProjection:
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g W."""
         return g @ (self.weight.T if self.conv1d else self.weight)
+
+
+def projection_of(module: nn.Module) -> Projection:
+    """A linear module as adapted_linear takes it; a 4-bit layer multiplies by itself."""
+    return module if isinstance(module, Nf4Linear) else DenseProjection(module, kind_of(module) == "conv1d")
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from postil.adapter.adapter import Adapter
 from postil.adapter.attach import attach, check_base, detach
 from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
-from postil.base import Base
+from postil.base import Base, freeze, load_base
 from postil.base.quiet import quiet
 from postil.errors import AdapterError, StorageError, listed
 from postil.files import atomic_directory, check_vacant, write_json
@@ -27,6 +27,7 @@ from postil.files import atomic_directory, check_vacant, write_json
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 2.0, torch.float16: 0.25}
 PROBE = "The margin of an old book often holds more than its text: a date, a doubt, 3 + 4 = 7, and a name."
 PROBE_TOKENS = 32
+INTO = 'into="original" or into="dequantised" (postil merge: --into)'
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,15 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A model directory that was written, and how far its logits are from the adapted model's."""
+    """A model directory that was written, and how far its logits are from the adapted model's.
+
+    drift: by writing W + s·B·A in the dtype of the files; from_nf4: from those of the adapter on its 4-bit base,
+    where it was exported from one.
+    """
 
     path: Path
     drift: Drift
+    from_nf4: Drift | None = None
 
 
 @torch.no_grad()
@@ -64,8 +70,13 @@ def merge(
     no adapter is active. probe_ids: int64 [tokens] or [1, tokens], the text that the drift is measured on
     (default: a fixed English line). bound: on the largest difference of a logit; by default 1e-3 for a float32
     base, 2.0 for bfloat16, 0.25 for float16. Raises AdapterError when the drift is above it; the base is then as
-    before.
+    before; and for a 4-bit base, which is never quantised again.
     """
+    if model.base.quantised:
+        raise AdapterError(
+            "the base is held in 4 bits, and W + s·B·A is never quantised again: merge on the 16-bit base, or write "
+            f"a model with export_merged({INTO})"
+        )
     _idle(model)
     weights = _weights(model, names)
     model.base.fingerprint()  # while the base is bare: what is exported while merged still belongs to it
@@ -128,6 +139,7 @@ def export_merged(
     *,
     dtype: torch.dtype | None = None,
     bound: float | None = None,
+    into: str | None = None,
 ) -> Exported:
     """Write base and adapter as one plain model directory, which transformers loads without postil.
 
@@ -137,11 +149,19 @@ def export_merged(
     model in memory is not changed. bound: on the largest difference of a logit that rounding may make, measured as
     in `merge`, in the base's dtype; by default `merge`'s for the coarser of the two dtypes. Raises AdapterError
     where the drift is above it, StorageError where `directory` is in use or cannot be written; then nothing is left.
+
+    into: for a 4-bit base, and only there, what the adapter is merged into: "original", the 16-bit weights that it
+    was quantised from (read again from their directory), or "dequantised", a dense copy of the 4-bit weights.
+    Neither is quantised again; how far the result is from the adapter on the 4-bit base is in `from_nf4`.
     """
     check_vacant(directory)
     with _resident(target, adapter) as (model, names):
         _idle(model)
         weights = _weights(model, names)
+        if model.base.quantised:
+            return _export_from_nf4(model, weights, Path(directory), dtype, bound, into)
+        if into is not None:
+            raise AdapterError(f"into={into!r} is for a 4-bit base; {model.base.source} is dense, leave it out")
         merged = merged_tensors(model, weights)
         drift = _export_drift(model, weights, merged, dtype)
         limit = bound
@@ -160,6 +180,68 @@ def export_merged(
             state = _cast(state, dtype)
         _write(model, state, Path(directory), dtype, untied=_unties(model.model, set(merged)))
     return Exported(Path(directory), drift)
+
+
+def _export_from_nf4(
+    model: AdaptedModel,
+    weights: dict[str, float],
+    directory: Path,
+    dtype: torch.dtype | None,
+    bound: float | None,
+    into: str | None,
+) -> Exported:
+    """Export onto the dense base that the user named, and measure the way from the 4-bit one."""
+    if into == "original":
+        base = _original(model.base)
+    elif into == "dequantised":
+        base = _dequantised(model.base)
+    else:
+        given = "" if into is None else f", not {into!r}"
+        raise AdapterError(f"the base is held in 4 bits: say what to merge into with {INTO}{given}")
+    dense = attach(base)
+    try:
+        for name in weights:
+            attach(dense, model.export(name), name=name)
+        dense.active = {}
+        exported = export_merged(dense, weights, directory, dtype=dtype, bound=bound)
+        ids, (before, model.active), dense.active = _probe_ids(base), (model.active, weights), weights
+        try:
+            difference = (_logits(dense, ids) - _logits(model, ids)).abs()
+        finally:
+            model.active = before
+    finally:
+        detach(dense)
+    drift = Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
+    return replace(exported, from_nf4=drift)
+
+
+def _original(base: Base) -> Base:
+    """The dense base that a 4-bit one was quantised from while loading, in the same dtype."""
+    place = base.file or base.directory
+    mend = "give the 16-bit directory as the base, or merge into dequantised"
+    if place is None or not base.as_stored:
+        raise AdapterError(
+            f"where {base.source} came from is not known, so its 16-bit weights cannot be read; {mend}"
+        )
+    found = load_base(
+        place,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        trust_remote_code=not type(base.model).__module__.startswith("transformers."),  # it has run here already
+    )
+    if found.quantised:
+        raise AdapterError(f"{base.source} holds 4-bit weights, the original is not there; {mend}")
+    return found
+
+
+def _dequantised(base: Base) -> Base:
+    """A dense copy of a 4-bit base, of the same source."""
+    from postil.base.quantise import dequantised
+
+    model = dequantised(base.model)
+    freeze(model)
+    source = base.fingerprint().source
+    return Base(model, base.tokenizer, base.source, base.directory, base.file, base.as_stored, _source_hash=source)
 
 
 def _export_drift(

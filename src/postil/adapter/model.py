@@ -23,23 +23,22 @@ from postil.adapter.layers import (
     per_sequence_rotary,
     wrapped_layer,
 )
-from postil.adapter.linear import AdaptedEmbedding, DenseProjection, ReplacedModule, SharedInput, groups_of
+from postil.adapter.linear import AdaptedEmbedding, ReplacedModule, SharedInput, groups_of, projection_of
 from postil.adapter.targets import (
     Coverage,
     Target,
     coverage_of,
-    decoder_layers,
     find_targets,
     inner_model,
-    kind_of,
     output_head,
     saved_paths,
 )
-from postil.base import Base
+from postil.base import Base, decoder_layers
 from postil.errors import AdapterError, InternalError, listed, nearest
 from postil.kernels.adapted_linear import Group
 from postil.kernels.layout import Layout, Segment, Span, Spans
 from postil.kernels.loss import cross_entropy
+from postil.kernels.loss.reference import Head
 
 
 class AdaptedModel:
@@ -160,7 +159,7 @@ class AdaptedModel:
                 paths = groups_of(self.model, target.path)
                 name = "+".join([paths[0], *(path.rsplit(".", 1)[-1] for path in paths[1:])])
                 modules = [self.model.get_submodule(path) for path in paths]
-                members = [DenseProjection(module, kind_of(module) == "conv1d") for module in modules]
+                members = [projection_of(module) for module in modules]
                 shared = SharedInput(Group(name, members), paths, self.spans_of)
                 self._shared[name] = shared
                 for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
@@ -403,18 +402,22 @@ class AdaptedModel:
         targets = torch.nonzero(weights, as_tuple=True)[0]
         hidden = self.hidden(ids, positions)
         rows = targets - 1  # the state before a token predicts it
+        total, nll = cross_entropy(
+            hidden.index_select(0, rows), ids[targets], weights[targets], self.head_on(rows), self.head_parameters()
+        )
+        return total, nll, targets
+
+    def head_on(self, rows: torch.Tensor) -> Head:
+        """The head as the kernels call it, for states of these rows (ascending) of the flat batch."""
         assert self.layout is not None
         spans = self.layout.spans.take(rows.cpu().numpy())
 
         def head(chunk: torch.Tensor, start: int, end: int) -> torch.Tensor:
             return self.logits(chunk, spans.within(start, end))
 
-        total, nll = cross_entropy(
-            hidden.index_select(0, rows), ids[targets], weights[targets], head, self._head_parameters()
-        )
-        return total, nll, targets
+        return head
 
-    def _head_parameters(self) -> list[torch.Tensor]:
+    def head_parameters(self) -> list[torch.Tensor]:
         """The tensors behind the head that want a gradient."""
         found: list[torch.Tensor] = [p for p in self.head.parameters() if p.requires_grad]
         path = next((path for path, module in self.model.named_modules() if module is self.head), None)

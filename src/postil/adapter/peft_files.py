@@ -74,16 +74,9 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> Path:
         PREFIX + _peft_key(key, modules): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in sorted(adapter.tensors.items())
     }
-    own = {
-        "format": FORMAT,
-        "base": adapter.base,
-        "base_name": adapter.base_name,
-        "config": adapter.config.model_dump(mode="json"),
-        "card": adapter.card,
-    }
     with atomic_directory(target, marker=OWN) as temporary:
         _write(temporary / CONFIG, _json(_peft_config(adapter)))
-        _write(temporary / OWN, _json(own))
+        _write(temporary / OWN, own_text(adapter))
         _write(temporary / CARD, _model_card(adapter))
         try:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -197,6 +190,19 @@ def _whole(number: float) -> float | int:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def own_text(adapter: Adapter) -> str:
+    """What postil.json holds of an adapter."""
+    return _json(
+        {
+            "format": FORMAT,
+            "base": adapter.base,
+            "base_name": adapter.base_name,
+            "config": adapter.config.model_dump(mode="json"),
+            "card": adapter.card,
+        }
+    )
 
 
 def _json(value: Any) -> str:

@@ -10,10 +10,12 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from postil.adapter.config import ALL_LINEAR, ATTENTION, FEED_FORWARD, LoraConfig, pattern_matches
+from postil.base import Nf4Linear, decoder_layers, logical_parameters, nf4_layers
 from postil.errors import AdapterError, BaseModelError, listed, nearest
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -65,6 +67,8 @@ class Coverage:
 def kind_of(module: nn.Module) -> Kind | None:
     """How the module maps its input, or None where no adapter fits (OPT's places, which are no ids; routers;
     quantised layers): the class's own forward is what an adapter stands beside, so it must be the known one."""
+    if isinstance(module, Nf4Linear):
+        return "conv1d" if module.conv1d else "linear"
     forward = type(module).forward
     if isinstance(module, nn.Linear):
         dense = forward is nn.Linear.forward or _class_name(module) in DENSE
@@ -86,7 +90,7 @@ def _plain_weight(module: nn.Module) -> bool:
     weight = module.weight
     return (
         isinstance(weight, torch.Tensor)
-        and type(weight) in (nn.Parameter, torch.Tensor)
+        and type(weight) in (nn.Parameter, torch.Tensor, FakeTensor)  # FakeTensor: planning's, without data
         and weight.is_floating_point()
     )
 
@@ -107,22 +111,13 @@ def refuse_foreign(model: PreTrainedModel) -> None:
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(d_in, d_out) of an adaptable module; an embedding maps vocabulary → hidden."""
+    if isinstance(module, Nf4Linear):
+        return module.in_features, module.out_features
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(module, nn.Linear):
         return int(weight.shape[1]), int(weight.shape[0])
     return int(weight.shape[0]), int(weight.shape[1])
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The path and the list of the decoder's layers. Raises BaseModelError where there is no such list."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and count:
-            return path, module
-    raise BaseModelError(
-        f"{type(model).__name__} has no list of {count} decoder layers; postil adapts decoder-only models"
-    )
 
 
 def inner_model(model: PreTrainedModel) -> nn.Module:
@@ -188,6 +183,12 @@ def saved_paths(model: PreTrainedModel, config: LoraConfig) -> list[str]:
         if not found:
             raise AdapterError(f"modules_to_save: {name!r} matches no module{nearest(name, _last_parts(paths))}")
         out += found
+    for path, _ in nf4_layers(model):
+        if any(path == whole or path.startswith(f"{whole}.") for whole in out):
+            raise AdapterError(
+                f"modules_to_save: {path} is held in 4 bits and cannot be trained whole; leave it out, or load the "
+                "base without quant"
+            )
     return list(dict.fromkeys(out))
 
 
@@ -319,7 +320,7 @@ def coverage_of(model: PreTrainedModel, targets: Sequence[Target], trainable: in
         modules=len(targets),
         adapted_parameters=sum(target.d_in * target.d_out for target in targets),
         trainable=trainable,
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=logical_parameters(model),
         names=tuple(dict.fromkeys(target.path.rsplit(".", 1)[-1] for target in targets)),
         experts_left=tuple(experts),
     )

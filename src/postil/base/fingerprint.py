@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from postil.base.cache import cache_directory
-from postil.base.stored import SINGLE, StoredTensor, read_config, stored_tensors, weight_files
+from postil.base.nf4_linear import nf4_layers
+from postil.base.stored import SINGLE, StoredTensor, read_config, read_object, stored_tensors, weight_files
 from postil.base.weights import HARMLESS
 from postil.errors import BaseModelError
 from postil.files import write_json
@@ -23,6 +24,8 @@ VOLATILE = frozenset(
     {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "_attn_implementation",
      "_attn_implementation_internal", "attn_implementation", "_commit_hash", "quantization_config"}
 )  # fmt: skip
+NF4 = "nf4"
+RECORD = "postil.json"
 FORMS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _STORED_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -34,7 +37,8 @@ _CHUNK = 1 << 24  # bytes hashed at a time
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """`source`: "sha256:…" over config and tensors; `form`: bf16, fp16, fp32, … or mixed."""
+    """`source`: "sha256:…" over config and tensors, of the dense base where it is known; `form`: nf4 where layers are
+    held in 4 bits, else bf16, fp16, fp32, … or mixed."""
 
     source: str
     form: str
@@ -56,6 +60,21 @@ def directory_source(directory: Path, *, verify: bool = False) -> str:
 def compute_source(directory: Path) -> str:
     """The source hash of a model directory from all its bytes, past the cache."""
     return _digest(canonical_config(read_config(directory)), _stored_fields(stored_tensors(directory)))
+
+
+def base_source(directory: Path, *, verify: bool = False) -> str:
+    """The source of the base in a directory: for one that `postil quantize` wrote that of the dense base, else
+    `directory_source`. Raises BaseModelError where the 4-bit weights are not those that it wrote."""
+    own = directory_source(directory, verify=verify)
+    record = read_object(directory / RECORD).get("quantised") if (directory / RECORD).is_file() else None
+    if not isinstance(record, dict):
+        return own
+    if record.get("digest") != own:
+        raise BaseModelError(
+            f"{directory} holds other weights or settings than `postil quantize` wrote ({RECORD}): quantise the "
+            "base again."
+        )
+    return str(record.get("source"))
 
 
 def gguf_source(file: Path, *, verify: bool = False) -> str:
@@ -118,7 +137,9 @@ def _same(stored: StoredTensor, live: torch.Tensor) -> bool:
 
 
 def numeric_form(model: torch.nn.Module) -> str:
-    """bf16, fp16, fp32 … when all floating parameters share a dtype, else `mixed`."""
+    """nf4 where layers are 4-bit; bf16, fp16, fp32 … when all floating parameters share a dtype, else `mixed`."""
+    if next(nf4_layers(model), None) is not None:
+        return NF4
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(kinds) != 1:
         return "mixed"

@@ -137,32 +137,35 @@ def _mend_tokenizer(tokenizer: Any, reader: Any, context: int | None) -> None:
 
 
 def write_directory(
-    model: Any, tokenizer: Any, directory: Path, *, dtype: torch.dtype, config: dict[str, Any] | None = None
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    config: dict[str, Any] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a model as an HF directory that plain transformers loads; the same bytes from the same tensors.
 
     `config`: what config.json says (default: the model's own, without the version of transformers).
-    Tied tensors are written once. `directory` must exist. Raises OSError when the system refuses.
+    `state`: the tensors as they are to lie there (default: the model's, in `dtype`). Tied tensors are written once.
+    `directory` must exist. Raises OSError when the system refuses.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    state = {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    if state is None:
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        state = {
+            name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+            for name, tensor in model.state_dict().items()
+            if name not in tied
+        }
     try:
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors says that the disk is full
         raise OSError(errno.EIO, first_line(error)) from error
-    if config is None:
-        config = json.loads(model.config.to_json_string(use_diff=True))
-        config["architectures"] = [type(model).__name__]
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        config.pop("transformers_version", None)
-    _dump(directory / "config.json", config)
+    _dump(directory / "config.json", config or config_of(model, dtype))
     generation = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
     for volatile in ("transformers_version", "_from_model_config"):
         generation.pop(volatile, None)
@@ -175,6 +178,15 @@ def write_directory(
     _dump(directory / "tokenizer_config.json", settings)
     # safetensors creates its file for the owner alone; a base is as readable as its config.
     (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)
+
+
+def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of a model whose weights are stored in `dtype`."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("transformers_version", None)
+    return config
 
 
 def _dump(path: Path, value: dict[str, Any]) -> None:

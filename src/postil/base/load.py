@@ -10,8 +10,9 @@ import torch
 
 from postil.base import catalog, hub
 from postil.base.fingerprint import (
+    NF4,
     Fingerprint,
-    directory_source,
+    base_source,
     gguf_source,
     holds_stored,
     live_source,
@@ -19,10 +20,10 @@ from postil.base.fingerprint import (
 )
 from postil.base.gguf import load_gguf
 from postil.base.quiet import LOADING_ERRORS, first_line, quiet
-from postil.base.stored import StoredTensor, read_config, read_object, stored_tensors
+from postil.base.stored import StoredTensor, nf4_weights, plain_tensors, read_config, read_object, stored_tensors
 from postil.base.support import check_supported, refuse_code
 from postil.base.weights import check_finite, check_keys, own_weights
-from postil.errors import BaseModelError, listed, nearest
+from postil.errors import BaseModelError, PostilError, listed, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -70,6 +71,11 @@ class Base:
         return weight.dtype
 
     @property
+    def quantised(self) -> bool:
+        """Whether layers are held in 4 bits (NF4)."""
+        return self._form == NF4
+
+    @property
     def context(self) -> int | None:
         """The longest sequence in tokens, or None where the model sets no limit."""
         return _context_of(self.config)
@@ -82,13 +88,16 @@ class Base:
     def fingerprint(self, *, verify: bool = False) -> Fingerprint:
         """What this base is, by its bytes; computed once. `verify`: hash every byte anew.
 
-        The directory's or file's where the weights are as stored there, else that of the weights in memory.
+        The directory's or file's where the weights are as stored there, else that of the weights in memory. A 4-bit
+        base has the source of the dense one that it was made from: quantised while loading, or by `postil quantize`;
+        of a 4-bit directory made elsewhere it is the directory's own. Raises BaseModelError where what `postil
+        quantize` wrote was changed since.
         """
         if self._source_hash is None or verify:
             if self.as_stored and self.file is not None:
                 self._source_hash = gguf_source(self.file, verify=verify)
             elif self.directory is not None and (self.as_stored or holds_stored(self.model, self.directory)):
-                self._source_hash = directory_source(self.directory, verify=verify)
+                self._source_hash = base_source(self.directory, verify=verify)
             else:
                 self._source_hash = live_source(self.model)
         return Fingerprint(self._source_hash, self._form)
@@ -100,26 +109,34 @@ class Base:
 
 
 def load_base(
-    source: str | Path, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    quant: str | None = None,
 ) -> Base:
     """Open a base and freeze it.
 
     source: an HF model directory, a `.gguf` file, a name of the catalog, or a hub name (owner/name).
     dtype: "auto" (as stored; the widest where a directory mixes them; float32 for GGUF), "float32",
     "bfloat16" or "float16". device: "cpu", "cuda", "cuda:N", or "auto" (cuda when there is one).
-    trust_remote_code: let a model directory run code of its own. Raises BaseModelError with one sentence
-    for everything that is missing, broken or of an unsupported kind.
+    trust_remote_code: let a model directory run code of its own. quant: "nf4" holds the linear layers within the
+    decoder in 4 bits, each tensor quantised as it is read, so that no more than the 4-bit base and one layer is ever
+    in memory (a GGUF is read dense first); dtype is then that of all else and of the products. A directory of 4-bit
+    weights by bitsandbytes (nf4) opens as it is, with or without. Raises BaseModelError with one sentence for
+    everything that is missing, broken or of an unsupported kind.
     """
-    wanted, place = _dtype_of(dtype), device_of(device)
+    wanted, place, nf4 = _dtype_of(dtype), device_of(device), _quant_of(quant)
     name = str(source)
     path = Path(source).expanduser()
     if isinstance(source, str) and source in catalog.names():
-        return _open_directory(catalog.fetch(source), name, wanted, place, trust_remote_code)
+        return _open_directory(catalog.fetch(source), name, wanted, place, trust_remote_code, nf4)
     if path.suffix.lower() == ".gguf":
-        return _open_gguf(path, name, wanted, place)
+        return _open_gguf(path, name, wanted, place, nf4)
     if not path.exists() and isinstance(source, str):
         path = _resolve_missing(source, path, code=trust_remote_code)
-    return _open_directory(path, name, wanted, place, trust_remote_code)
+    return _open_directory(path, name, wanted, place, trust_remote_code, nf4)
 
 
 def open_tokenizer(directory: Path) -> tuple[Any, int | None]:
@@ -128,7 +145,7 @@ def open_tokenizer(directory: Path) -> tuple[Any, int | None]:
 
     config = read_config(directory)
     refuse_code(directory, _configs_with_code(directory, config))
-    check_supported(config, directory, trust_remote_code=False)
+    check_supported(config, directory, trust_remote_code=False, nf4=True)
     try:
         with quiet():
             settings = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
@@ -185,6 +202,12 @@ def _dtype_of(dtype: str) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def _quant_of(quant: str | None) -> bool:
+    if quant not in (None, NF4):
+        raise BaseModelError(f"{quant!r} is no 4-bit form of a base{nearest(quant, (NF4,))}: give nf4, or nothing.")
+    return quant == NF4
+
+
 def _resolve_missing(source: str, path: Path, *, code: bool) -> Path:
     """A source that is no path here: the hub's, when it reads owner/name; else say what was missing."""
     if hub.is_hub_name(source):
@@ -198,7 +221,7 @@ def _resolve_missing(source: str, path: Path, *, code: bool) -> Path:
     )
 
 
-def _open_gguf(file: Path, name: str, dtype: torch.dtype | None, device: torch.device) -> Base:
+def _open_gguf(file: Path, name: str, dtype: torch.dtype | None, device: torch.device, nf4: bool) -> Base:
     model, tokenizer, info = load_gguf(file)
     check_supported(model.config.to_dict(), file, trust_remote_code=False)
     check_keys(info, file)
@@ -206,37 +229,59 @@ def _open_gguf(file: Path, name: str, dtype: torch.dtype | None, device: torch.d
     for parameter in model.parameters():  # not model.to: it would round the rotary frequencies as well
         parameter.data = parameter.data.to(kind)
     model.config.dtype = kind
+    if nf4:
+        from postil.base.quantise import quantise_model
+
+        quantise_model(model)
     return _finish(model, tokenizer, name, file, device, file=file)
 
 
 def _open_directory(
-    directory: Path, name: str, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool
+    directory: Path, name: str, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool, nf4: bool
 ) -> Base:
     """Every check that needs no loading, then transformers' own loaders, then the weights' checks."""
-    import transformers
-
     config = read_config(directory)
     if not trust_remote_code:
         refuse_code(directory, _configs_with_code(directory, config))
-    check_supported(config, directory, trust_remote_code=trust_remote_code)
+    check_supported(config, directory, trust_remote_code=trust_remote_code, nf4=True)
     tensors = stored_tensors(directory)
+    stored_so = config.get("quantization_config") is not None
+    if stored_so and not nf4_weights(tensors):
+        raise BaseModelError(
+            f"{directory} stores no 4-bit weight, though its config.json says so: download it again, whole."
+        )
     chosen = dtype or _stored_dtype(tensors, directory)
     tokenizer = _load_tokenizer(directory, trust_remote_code)
     try:
         with quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(directory),
-                dtype=chosen,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=True,  # they are reported in `info`, and refused below by name
-                output_loading_info=True,
-            )
+            if nf4 or stored_so:
+                from postil.base.nf4_loader import load_nf4
+
+                model, info = load_nf4(directory, tensors, chosen, trust_remote_code=trust_remote_code)
+            else:
+                model, info = _load_dense(directory, chosen, trust_remote_code)
+    except PostilError:
+        raise
     except LOADING_ERRORS as error:
         raise BaseModelError(f"transformers cannot load {directory}: {first_line(error)}") from error
     check_keys(info, directory)
     return _finish(model, tokenizer, name, directory, device, directory=directory)
+
+
+def _load_dense(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """(model, loading info) by transformers' own loader."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # they are reported in `info`, and refused later by name
+        output_loading_info=True,
+    )
+    return model, info
 
 
 def _configs_with_code(directory: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -289,8 +334,10 @@ def _finish(
 
 
 def _stored_dtype(tensors: list[StoredTensor], directory: Path) -> torch.dtype:
-    """The dtype of the stored floating tensors, the widest if they differ; the config may say another."""
-    kinds = {tensor.dtype for tensor in tensors if tensor.dtype.startswith(("F", "BF"))}
+    """The dtype of the stored floating tensors, the widest if they differ; the config may say another. The scales of
+    4-bit weights do not count."""
+    plain = plain_tensors(tensors)
+    kinds = {tensor.dtype for tensor in plain if tensor.dtype.startswith(("F", "BF"))}
     unknown = sorted(kinds - set(_STORED))
     if unknown or not kinds:
         raise BaseModelError(

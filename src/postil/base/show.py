@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from postil.base import catalog
-from postil.base.fingerprint import directory_source
+from postil.base.fingerprint import NF4, base_source
 from postil.base.gguf import check_gguf
-from postil.base.stored import read_config, stored_tensors
+from postil.base.stored import nf4_weights, plain_tensors, read_config, stored_tensors
 from postil.errors import BaseModelError, listed, nearest
 
 _CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
@@ -55,8 +55,11 @@ def show(source: str | Path) -> dict[str, Any]:
 def _of_directory(directory: Path) -> dict[str, Any]:
     config, tensors = read_config(directory), stored_tensors(directory)
     sizes: Counter[str] = Counter()
-    for tensor in tensors:
+    for tensor in plain_tensors(tensors):
         sizes[tensor.dtype] += math.prod(tensor.shape)
+    codes = {tensor.name: tensor for tensor in tensors}
+    for name in nf4_weights(tensors):
+        sizes[NF4] += 2 * (codes[name].end - codes[name].begin)  # two codes a byte
     return {
         "architecture": config.get("model_type"),
         "parameters": sum(sizes.values()),
@@ -67,5 +70,5 @@ def _of_directory(directory: Path) -> dict[str, Any]:
         "hidden": config.get("hidden_size", config.get("n_embd")),
         "vocabulary": config.get("vocab_size"),
         "chat_template": (directory / "chat_template.jinja").is_file(),
-        "fingerprint": directory_source(directory),
+        "fingerprint": base_source(directory),
     }

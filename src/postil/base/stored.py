@@ -17,6 +17,9 @@ BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
     "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# What bitsandbytes stores beside the codes of a 4-bit weight X: X.absmax and so on; the last says the kind.
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+NF4_COMPANIONS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -137,6 +140,18 @@ def stored_tensors(directory: Path) -> list[StoredTensor]:
                 f"{index} names tensors that no weight file holds: {listed(absent)}; download them again."
             )
     return tensors
+
+
+def nf4_weights(tensors: list[StoredTensor]) -> list[str]:
+    """The names of the weights that are stored in NF4, as bitsandbytes does."""
+    return [tensor.name.removesuffix(NF4_STATE) for tensor in tensors if tensor.name.endswith(NF4_STATE)]
+
+
+def plain_tensors(tensors: list[StoredTensor]) -> list[StoredTensor]:
+    """The tensors that are no part of a weight stored in NF4."""
+    weights = nf4_weights(tensors)
+    parts = {weight + end for weight in weights for end in ("", *NF4_COMPANIONS)}
+    return [tensor for tensor in tensors if tensor.name not in parts]
 
 
 def read_header(file: Path) -> list[StoredTensor]:

@@ -21,16 +21,20 @@ _ENCODERS = frozenset(
      "xlm-roberta-xl", "xmod"}
 )  # fmt: skip
 
+BNB_NF4 = "bitsandbytes nf4"
 
-def check_supported(config: dict[str, Any], place: Path, *, trust_remote_code: bool) -> None:
-    """Raise BaseModelError, naming the kind, unless the config is that of a decoder postil can adapt."""
+
+def check_supported(config: dict[str, Any], place: Path, *, trust_remote_code: bool, nf4: bool = False) -> None:
+    """Raise BaseModelError, naming the kind, unless the config is that of a decoder postil can adapt.
+
+    nf4: whether weights that bitsandbytes stored in 4 bits (nf4) are welcome, as they are in files.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    quantised_by = _quantisation(config.get("quantization_config"))
+    if quantised_by is not None and not (nf4 and quantised_by == BNB_NF4):
         raise BaseModelError(
-            f"{place} holds weights quantised by {method!r}, which postil cannot adapt: "
+            f"{place} holds weights quantised by {quantised_by!r}, which postil cannot adapt: "
             "give the directory of the weights before quantisation."
         )
     kind = config.get("model_type")
@@ -58,6 +62,22 @@ def check_supported(config: dict[str, Any], place: Path, *, trust_remote_code: b
             f"{place} is of the kind {kind!r}, which this transformers has no causal language model for"
             f"{nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}."
         )
+
+
+def _quantisation(settings: Any) -> str | None:
+    """Which quantisation a config's quantization_config names, bitsandbytes' with its kind; None for none."""
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        return "unknown"
+    by_bits = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "unknown"
+    method = settings.get("quant_method") or by_bits  # older files of bitsandbytes name no method
+    method = str(getattr(method, "value", method))  # a live model's is one of transformers' constants
+    if method != "bitsandbytes":
+        return method
+    if settings.get("load_in_8bit") or not settings.get("load_in_4bit"):
+        return f"{method} 8-bit"
+    return f"{method} {settings.get('bnb_4bit_quant_type', 'fp4')}"
 
 
 def refuse_code(directory: Path, configs: dict[str, dict[str, Any]]) -> None:

@@ -15,6 +15,13 @@ from postil.cli import (
     data_commands,
     demo_command,
     doctor_command,
+    judge_command,
+    plan_command,
+    quantize_command,
+    registry_commands,
+    report_command,
+    shrink_command,
+    spectrum_command,
     train_command,
     use_commands,
 )
@@ -33,12 +40,23 @@ app = typer.Typer(
 app.add_typer(base_commands.app, name="base")
 app.add_typer(data_commands.app, name="data")
 app.add_typer(adapter_commands.adapters, name="adapters")
+app.command()(plan_command.plan)
 app.command()(train_command.train)
+app.command()(judge_command.judge)
 app.command()(use_commands.generate)
 app.command()(use_commands.chat)
 app.command()(adapter_commands.inspect)
 app.command()(adapter_commands.merge)
+app.command()(spectrum_command.spectrum)
+app.command()(shrink_command.shrink)
+app.command()(report_command.report)
 app.command()(convert_command.convert)
+app.command()(quantize_command.quantize)
+app.command()(registry_commands.publish)
+app.command("list")(registry_commands.list_)
+app.command()(registry_commands.show)
+app.command()(registry_commands.promote)
+app.command()(registry_commands.rollback)
 app.command()(doctor_command.doctor)
 app.command()(demo_command.demo)
 

@@ -85,9 +85,14 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the merged model directory goes.")],
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Take an adapter made for another base.")] = False,
+    into: Annotated[
+        str | None,
+        typer.Option(help="On a 4-bit base: original (the weights before) or dequantised (a dense copy)."),
+    ] = None,
 ) -> None:
     """Write base and adapter as one plain model directory that transformers loads without postil.
 
+    An adapter trained on a 4-bit base needs --into; the way from the 4-bit base to what is written is measured.
     Example: postil merge runs/support/adapter --base smollm2-135m-instruct --out merged
     """
     from postil.adapter.merge import export_merged
@@ -97,8 +102,11 @@ def merge(
 
     check_vacant(out)
     loaded = load_adapter(adapter)
+    quant = "nf4" if loaded.base.get("form") == "nf4" else None
     if force:
         loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
-    written = export_merged(load_base(base, dtype=dtype), loaded, out)
+    written = export_merged(load_base(base, dtype=dtype, quant=quant), loaded, out, into=into)
     console.note(f"{written.drift} against base and adapter apart")
+    if written.from_nf4 is not None:
+        console.note(f"{written.from_nf4} against the adapter on the 4-bit base")
     console.out.print(str(written.path), soft_wrap=True)

@@ -25,9 +25,16 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's directory.")] = None,
     valid: Annotated[str | None, typer.Option(help="Held-out rows (else a seeded 5%).")] = None,
-    method: Annotated[str | None, typer.Option(help="lora or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, qlora (lora on a 4-bit base) or full.")] = None,
+    quant: Annotated[str | None, typer.Option(help="nf4: hold the base in 4 bits.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="The peak.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    guard: Annotated[
+        float | None, typer.Option(help="Keep a state at most this far above the base in general nats per token.")
+    ] = None,
+    general: Annotated[
+        str | None, typer.Option(help='General text for --guard: JSONL rows {"text": ...} of what must stay good.')
+    ] = None,
     from_adapter: Annotated[str | None, typer.Option(help="Continue from an adapter's values.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, e.g. lora.r=16.")] = None,
     skip_bad_lines: Annotated[
@@ -40,16 +47,18 @@ def train(
 ) -> None:
     """Train an adapter beside a frozen base (or, with --method full, the whole base).
 
-    A run that was stopped or killed goes on when the same command is given again.
+    A run that was stopped or killed goes on when the same command is given again. With --guard, general text is
+    measured at every validation and the best state that leaves it whole is kept.
     Example: postil train --base smollm2-135m-instruct --data train.jsonl --out runs/support
     """
     from postil.training import Recipe, prepare, read_recipe, with_settings
 
     values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out),
-             "trust_remote_code": trust_remote_code or None}  # fmt: skip
+             "trust_remote_code": trust_remote_code or None, "quant": quant,
+             "general": general}  # fmt: skip
     values |= {key: value for key, value in flags.items() if value is not None}
-    inner = {"method": method, "learning_rate": learning_rate, "epochs": epochs}
+    inner = {"method": method, "learning_rate": learning_rate, "epochs": epochs, "guard": guard}
     _override(values, "training", {key: value for key, value in inner.items() if value is not None})
     _override(values, "rows", {"skip_bad_lines": True} if skip_bad_lines else {})
     values.setdefault("out", f"runs/{Path(str(values.get('data', 'run'))).name.split('.')[0]}")
@@ -74,16 +83,18 @@ def _tell(job: Job) -> None:
     for dataset in (job.dataset, job.held_out):
         for line in dataset.report.lines() if dataset is not None else []:
             console.note(line)
+    for line in job.general_lines():
+        console.note(line)
     for line in getattr(job.model, "notes", []):
         console.warn(line)
-    if options.method == "lora":
+    if options.method != "full":
         for line in job.model.coverage("default").lines():
             console.note(line)
     console.note(
         f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up {options.warmup}, batch of "
         f"{options.batch_size} rows, {options.steps or f'{options.epochs} epoch(s)'}; "
         f"{len(job.training)} rows learned, "
-        f"{len(job.valid)} held out; base in {job.base.dtype} on {job.base.device}"
+        f"{len(job.valid)} held out; base in {'nf4 and ' * job.base.quantised}{job.base.dtype} on {job.base.device}"
     )
 
 
@@ -98,8 +109,11 @@ def _with_progress(job: Job) -> Outcome:
             rate = event["tokens"] / max(event["seconds"], 1e-9)
             text = f"loss {event['loss']:.3f}  {rate:,.0f} tokens/s"
             bar.update(task, total=event["total_steps"], completed=event["step"], description=text)
-            if "valid_loss" in event:
-                bar.console.print(f"step {event['step']}: held-out loss {event['valid_loss']:.4f}", style="dim")
+            measured = [f"held-out loss {event['valid_loss']:.4f}"] if "valid_loss" in event else []
+            if "general_rise" in event:
+                measured.append(f"general {event['general_rise']:+.4f} nats, KL {event['general_kl']:.4f}")
+            if measured:
+                bar.console.print(f"step {event['step']}: {', '.join(measured)}", style="dim")
 
         return job.run(watch, tell=lambda line: bar.console.print(f"note: {line}", style="yellow", markup=False))
 

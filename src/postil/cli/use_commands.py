@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 BaseName = Annotated[str, typer.Option("--base", "-b", help="Model directory, known base, hub name, GGUF.")]
 Adapters = Annotated[
-    list[str] | None, typer.Option("--adapter", "-a", help="An adapter directory, or name=directory; repeatable.")
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="A directory, name=directory, or a published NAME@ALIAS; repeatable."),
+]
+Published = Annotated[
+    Path | None,
+    typer.Option("--registry", envvar="POSTIL_REGISTRY", help="Where NAME@ALIAS is published; or POSTIL_REGISTRY."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Quant = Annotated[str | None, typer.Option(help="nf4: hold the base in 4 bits.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most this many new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -37,12 +43,14 @@ def generate(
         str | None, typer.Argument(help="The prompt (a user's turn, or plain text with --raw).")
     ] = None,
     adapter: Adapters = None,
+    registry: Published = None,
     requests: Annotated[Path | None, typer.Option(help="A JSONL of requests, each naming its adapter.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the plain text; no chat template.")] = False,
     max_new_tokens: Tokens = 128,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Decides sampled answers.")] = 0,
     dtype: Dtype = "auto",
+    quant: Quant = None,
     device: Device = "auto",
     force: Force = False,
     trust_remote_code: Code = False,
@@ -59,7 +67,7 @@ def generate(
         raise RequestError('give a prompt or --requests FILE, for example: postil generate "Hello" --base B')
     defaults = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
     asked = read_requests(requests, defaults) if requests is not None else []
-    with _engine(base, adapter, dtype, device, force, trust_remote_code) as engine:
+    with _engine(base, adapter, registry, dtype, quant, device, force, trust_remote_code) as engine:
         if requests is not None:
             for answer in engine.run(asked):
                 fields = {"text": answer.text, "adapter": answer.adapter, "finish_reason": answer.finish_reason,
@@ -74,11 +82,13 @@ def generate(
 def chat(
     base: BaseName,
     adapter: Adapters = None,
+    registry: Published = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Tokens = 256,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Decides sampled answers; each turn takes the next one.")] = 0,
     dtype: Dtype = "auto",
+    quant: Quant = None,
     device: Device = "auto",
     force: Force = False,
     trust_remote_code: Code = False,
@@ -92,7 +102,7 @@ def chat(
 
     opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     turns: list[Mapping[str, Any]] = []
-    with _engine(base, adapter, dtype, device, force, trust_remote_code) as engine:
+    with _engine(base, adapter, registry, dtype, quant, device, force, trust_remote_code) as engine:
         name = _only(engine)
         while True:
             try:
@@ -137,7 +147,14 @@ def _fitting(engine: Engine, asked: Request, opening: int) -> Request | None:
 
 
 def _engine(
-    base: str, adapters: list[str] | None, dtype: str, device: str, force: bool, trust_remote_code: bool
+    base: str,
+    adapters: list[str] | None,
+    registry: Path | None,
+    dtype: str,
+    quant: str | None,
+    device: str,
+    force: bool,
+    trust_remote_code: bool,
 ) -> Engine:
     from postil.adapter import attach
     from postil.adapter.peft_files import load_adapter
@@ -146,14 +163,15 @@ def _engine(
 
     places: dict[str, Path] = {}
     for given in adapters or []:
-        name, place = _named(given)
+        name, place = _named(given, registry)
         if name in places:
             raise RequestError(
                 f"{places[name]} and {place} would both be called {name!r}; name one, for example -a second={place}"
             )
         places[name] = place
     named = {name: load_adapter(place) for name, place in places.items()}
-    model = attach(load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code))
+    opened = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quant=quant)
+    model = attach(opened)
     for name, loaded in named.items():
         attach(model, loaded, name=name, force=force)
         for line in model.notes:
@@ -162,14 +180,21 @@ def _engine(
     return Engine(model)
 
 
-def _named(given: str) -> tuple[str, Path]:
+def _named(given: str, registry: Path | None) -> tuple[str, Path]:
     """The name and directory of `name=directory`, or of a directory alone, which may have a "=" in its path.
 
-    `runs/support/adapter` alone is called support; any other directory by its own name.
+    `runs/support/adapter` alone is called support; any other directory by its own name. Where no directory is
+    meant, it may be a published name, whose bytes are verified.
     """
+    from postil.registry import resolve_adapter
+
     name, mark, path = given.partition("=")
     if name and mark and os.sep not in name and not Path(given).is_dir():
-        return name, Path(path)
+        published = resolve_adapter(path, registry)
+        return name, published[1] if published else Path(path)
+    published = resolve_adapter(given, registry)
+    if published is not None:
+        return published
     whole = Path(given).resolve()
     return whole.parent.name if whole.name == "adapter" else whole.name, Path(given)
 

@@ -124,18 +124,24 @@ def _draft_row(row: Row, reading: _Reading, tokenizer: Any, options: DataOptions
         reading.shape = detect(values, options)
     reading.columns.update(dict.fromkeys(values))
     example = read_row(values, reading.shape)
+    if isinstance(example, Chat):
+        reading.weighted += _has_weights(example)
+    reading.format, draft = draft_of(row.number, example, tokenizer, options)
+    return draft
+
+
+def draft_of(number: int, example: Chat | Pair | Text, tokenizer: Any, options: DataOptions) -> tuple[str, Draft]:
+    """How this base is shown an example: the format ("text", "raw", "prompt" or "chat") and the draft.
+
+    Raises DataError, without the place, saying what is wrong with it.
+    """
     if isinstance(example, Text):
-        reading.format = "text"
-        return draft_text(row.number, example)
-    if isinstance(example, Pair):
-        if options.format == "raw" or (options.format == "auto" and not tokenizer.chat_template):
-            reading.format = "raw"
-            return draft_pair(row.number, example, options.separator)
-        reading.format = "prompt"
-        return draft_chat(row.number, example.as_chat(), tokenizer, options.learn)
-    reading.format = "chat"
-    reading.weighted += _has_weights(example)
-    return draft_chat(row.number, example, tokenizer, options.learn)
+        return "text", draft_text(number, example)
+    if isinstance(example, Chat):
+        return "chat", draft_chat(number, example, tokenizer, options.learn)
+    if options.format == "raw" or (options.format == "auto" and not tokenizer.chat_template):
+        return "raw", draft_pair(number, example, options.separator)
+    return "prompt", draft_chat(number, example.as_chat(), tokenizer, options.learn)
 
 
 def _has_weights(chat: Chat) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +74,14 @@ def epoch_steps(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    beside: Callable[[int], Sequence[Sample]] | None = None,
 ) -> list[list[Pack]]:
     """One epoch: one inner list is one optimiser step of `batch_size` samples (the last one what is left).
 
     A step's samples are dealt into `accumulation` groups (fewer where there are fewer samples) of about equal
     tokens, and each group into packs of at most `pack_tokens` tokens (a longer sample has a pack of its own).
-    Every sample comes exactly once. A pure function of its arguments. Raises RecipeError for numbers below 1.
+    Every sample comes exactly once; `beside` gives further ones that join the batch of a step (from 0), such as
+    general text. A pure function of its arguments. Raises RecipeError for numbers below 1.
     """
     for name, value in (
         ("batch_size", batch_size),
@@ -92,9 +94,11 @@ def epoch_steps(
     if shuffle:
         generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, "shuffle", epoch)))
         order = generator.permutation(len(samples))
-    steps = []
+    steps: list[list[Pack]] = []
     for first in range(0, len(samples), batch_size):
         batch = [samples[int(index)] for index in order[first : first + batch_size]]
+        if beside is not None:
+            batch += beside(len(steps))
         groups = _balanced(batch, accumulation)
         steps.append([pack(chosen) for group in groups for chosen in _first_fit(group, pack_tokens)])
     return steps

@@ -15,14 +15,18 @@ from postil.adapter.peft_files import save_adapter
 from postil.base import Base, live_digest, load_base
 from postil.data import load_data
 from postil.demo.report import picture, write_report
-from postil.demo.scores import Gain, gain, general_windows, mean_nats, row_losses
 from postil.demo.teams import TEAMS, Team
 from postil.engine import Engine
 from postil.files import check_vacant, write_json, write_text
+from postil.judging.card import Estimate
+from postil.judging.parts import NATS, stats_of
+from postil.judging.rows import shipped_text
+from postil.judging.scoring import Losses, mean_nats, row_losses, windows
+from postil.judging.statistics import compare
 from postil.training import train
 
 BASE = "smollm2-135m-instruct"
-GENERAL_TOKENS = 8_192
+GENERAL_TOKENS, WINDOW = 8_192, 512
 SETTINGS: dict[str, Any] = {"schedule": "linear", "warmup": 8, "batch_size": 8}
 
 UNFINISHED: dict[str, Any] = {"good": False, "base_unchanged": None, "teams": {}}  # of a demo that was stopped
@@ -42,7 +46,7 @@ class TeamResult:
     score: float = 0.0
     base_loss: float = 0.0
     loss: float = 0.0
-    gain: Gain = field(default_factory=lambda: Gain(0.0, 0.0, 0.0))
+    gain: Estimate = field(default_factory=lambda: Estimate(value=0.0, low=0.0, high=0.0))
     general: float = 0.0
     curve: list[tuple[int, float]] = field(default_factory=list)
     answers: list[tuple[str, str, str, str]] = field(default_factory=list)  # asked, wanted, base, adapter
@@ -50,7 +54,7 @@ class TeamResult:
     @property
     def better(self) -> bool:
         """Measurably: the loss gain's whole interval above zero, and the score above the base's."""
-        return self.gain.real and self.score > self.base_score
+        return self.gain.low > 0 and self.score > self.base_score
 
 
 @dataclass(slots=True)
@@ -91,14 +95,15 @@ def run_demo(
     write_json(out / "result.json", UNFINISHED)
     results = [_trained(model, team, out, tell, watch) for team in TEAMS]
     tell("scoring the losses of base and adapters on test rows and general text")
-    windows = general_windows(model, GENERAL_TOKENS)
-    base_general = mean_nats(row_losses(model, windows, None))
+    texts = [row.value["text"] for row in shipped_text().rows]
+    general = windows(base.tokenizer, texts, GENERAL_TOKENS, WINDOW)
+    base_general = mean_nats(row_losses(model, general, None))
     for result in results:
         samples = load_data(result.team.rows("test"), base).samples
         bare = row_losses(model, samples, None)
         mine = row_losses(model, samples, result.team.name)
         result.base_loss, result.loss, result.gain = mean_nats(bare), mean_nats(mine), gain(bare, mine)
-        result.general = mean_nats(row_losses(model, windows, result.team.name))
+        result.general = mean_nats(row_losses(model, general, result.team.name))
     tell("answering for all three teams and for the bare base in one batch")
     rows, seconds = _answered(model, results)
     after = live_digest(model.model)
@@ -106,7 +111,7 @@ def run_demo(
     demo = Demo(
         teams=results,
         base_general=base_general,
-        general_tokens=sum(len(window.ids) for window in windows),
+        general_tokens=sum(len(window.ids) for window in general),
         digest_before=before,
         digest_after=after if after == live_digest(base.model) else "changed at detach",
         seconds=time.perf_counter() - began,
@@ -119,6 +124,12 @@ def run_demo(
     write_text(out / "curves.svg", picture(demo))
     write_json(out / "result.json", summary(demo))
     return demo
+
+
+def gain(base: Losses, adapted: Losses) -> Estimate:
+    """By how many nats per token the adapter is better, with its 95% interval (paired bootstrap over rows)."""
+    found = compare(NATS, stats_of(base), stats_of(adapted)).difference
+    return Estimate(value=-found.value, low=-found.high, high=-found.low)
 
 
 def is_demo(directory: Path) -> bool:

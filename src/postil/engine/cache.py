@@ -17,7 +17,7 @@ class KeyValueStore:
 
     Slot n holds one sequence in rows n·capacity and on. Before a forward pass, `reserve` makes room and
     `write_rows` says where the pass's tokens go; the layers then call `extend`. Shapes, dtype and device
-    are those of the first call.
+    are those of the first call. Rows that no token has written are zeros or another sequence's: always finite.
     """
 
     def __init__(self, slots: int, limit: int) -> None:
@@ -37,7 +37,7 @@ class KeyValueStore:
         rounded = -(-max(tokens, self.capacity * 2) // ROUND) * ROUND
         before, self.capacity = self.capacity, max(tokens, min(rounded, self.limit))
         for layer, pair in self._layers.items():
-            grown = tuple(part.new_empty(self.slots * self.capacity, *part.shape[1:]) for part in pair)
+            grown = tuple(part.new_zeros(self.slots * self.capacity, *part.shape[1:]) for part in pair)
             for old, new in zip(pair, grown, strict=True):
                 for slot, rows in enumerate(used):
                     new[slot * self.capacity :][:rows] = old[slot * before :][:rows]
@@ -54,7 +54,7 @@ class KeyValueStore:
             raise InternalError("the key-value store was not told where this pass's rows go")
         if layer not in self._layers:
             rows = self.slots * self.capacity
-            self._layers[layer] = (keys.new_empty(rows, *keys.shape[1:]), values.new_empty(rows, *values.shape[1:]))
+            self._layers[layer] = (keys.new_zeros(rows, *keys.shape[1:]), values.new_zeros(rows, *values.shape[1:]))
         stored_keys, stored_values = self._layers[layer]
         stored_keys.index_copy_(0, self.write_rows, keys)
         stored_values.index_copy_(0, self.write_rows, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -75,12 +75,16 @@ class Engine:
         """The names that a request may give."""
         return list(self.model.residents)
 
-    def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers in the order of the requests. Raises RequestError before any work is done."""
+    def run(self, requests: Sequence[Request], done: Callable[[int], None] = lambda _: None) -> list[Answer]:
+        """Answers in the order of the requests. Raises RequestError before any work is done.
+
+        done: told after each step how many answers are finished.
+        """
         rows = [self._row(request, number) for number, request in enumerate(requests, 1)]
         work = self._work(rows)
         while work.busy:
             work.step()
+            done(sum(row.finish is not None for row in rows))
         return [row.answer() for row in rows]
 
     def stream(self, request: Request) -> Iterator[str]:

@@ -22,13 +22,18 @@ TENSORS, MANIFEST = "state.safetensors", "manifest.json"
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands beside its tensors: updates done, the best validation so far."""
+    """Where a run stands beside its tensors: updates done, the best validation so far (of those that a guard lets
+    pass: best_…; of all: free_…), and the general rise (nats per token over the base) of each."""
 
     step: int = 0
     best_step: int = 0
     best_loss: float | None = None
     since_best: int = 0
     best: torch.Tensor | None = None
+    best_rise: float | None = None
+    free_step: int = 0
+    free_loss: float | None = None
+    free_rise: float | None = None
 
 
 def machine() -> dict[str, Any]:
@@ -62,6 +67,10 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
             "best_step": progress.best_step,
             "best_loss": progress.best_loss,
             "since_best": progress.since_best,
+            "best_rise": progress.best_rise,
+            "free_step": progress.free_step,
+            "free_loss": progress.free_loss,
+            "free_rise": progress.free_rise,
             "identity": identity,
             "machine": machine(),
             "sha256": sha256_file(temporary / TENSORS),
@@ -107,6 +116,7 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
         progress = Progress(
             manifest["step"], manifest["best_step"], manifest["best_loss"], manifest["since_best"],
             None if best is None else best.to(optimizer.weights.flat.device),
+            manifest["best_rise"], manifest["free_step"], manifest["free_loss"], manifest["free_rise"],
         )  # fmt: skip
         notes.append(f"going on from step {progress.step}")
         return progress, notes

@@ -48,6 +48,11 @@ class RunLog:
         except OSError as error:
             raise self._storage_error(error) from error
 
+    def total(self, key: str) -> float:
+        """The sum of a number over all lines, those of earlier processes too."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return float(sum(json.loads(line).get(key, 0.0) for line in lines))
+
     def _event(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter

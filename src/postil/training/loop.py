@@ -9,8 +9,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ import torch
 
 from postil.adapter.adapter import Adapter
 from postil.adapter.bank import Resident
+from postil.adapter.divergence import Bare
 from postil.adapter.model import AdaptedModel
+from postil.base import Base
 from postil.data import Dataset, Pack, Sample, epoch_steps
 from postil.errors import AdapterError, DataError, RecipeError, RunError, StorageError, listed
 from postil.files import remove_leftovers
-from postil.kernels.layout import Layout, Span, Spans
+from postil.kernels.layout import Layout
 from postil.seeds import derive
+from postil.training.batch import spans_of, to_device
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from postil.training.general import General, check_general, kl_gradients, split_general
+from postil.training.guard import Gauge, Guarded, keep
 from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
@@ -35,7 +41,8 @@ Watcher = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: steps done, the last training loss and best validation loss (nats per target token)."""
+    """How a run ended: steps done, the last training loss and best validation loss (nats per target token), and
+    what a guard did."""
 
     steps: int
     total_steps: int
@@ -43,6 +50,7 @@ class Outcome:
     valid_loss: float | None
     best_step: int
     stopped: bool
+    guarded: Guarded | None = None
 
 
 def train(
@@ -51,6 +59,7 @@ def train(
     *,
     out: str | Path | None = None,
     valid: Dataset | Sequence[Sample] | None = None,
+    general: Dataset | Sequence[Sample] | None = None,
     name: str = "default",
     options: TrainOptions | None = None,
     watch: Watcher | None = None,
@@ -59,16 +68,28 @@ def train(
     """Train the resident adapter `name` (or, with method="full", every weight of the base); returns the adapter.
 
     out: the run directory (log.jsonl, TensorBoard, checkpoints; resumed where it holds a checkpoint of the
-    same options, data, base and starting values). valid: held-out samples; the best state is kept. settings:
-    fields of TrainOptions. `watch` is called with {"step", "loss", …} after every update. Raises RunError when
-    loss or gradient is not finite or a checkpoint is another run's, AdapterError when a module gets no
-    gradient; after Ctrl-C it saves and raises KeyboardInterrupt.
+    same options, data, base and starting values). valid: held-out samples; the best state is kept. general:
+    documents of general text, watched and held to as the options say (guard, kl_weight, general_share).
+    settings: fields of TrainOptions. `watch` is called with {"step", "loss", …} after every update. Raises
+    RunError when loss or gradient is not finite, a checkpoint is another run's or no state stays within the guard
+    (the model then holds the untouched one), AdapterError when a module gets no gradient; after Ctrl-C it saves
+    and raises KeyboardInterrupt.
     """
     options = options or TrainOptions(**settings)
-    outcome = run(model, _samples(data), _samples(valid), out=out, name=name, options=options, watch=watch)
+    outcome = run(
+        model, _samples(data), _samples(valid), general=_samples(general), out=out, name=name, options=options,
+        watch=watch,
+    )  # fmt: skip
     if outcome.stopped:
         raise KeyboardInterrupt
-    return model.export(name) if options.method == "lora" else None
+    refuse_untouched(outcome)
+    return model.export(name) if options.method != "full" else None
+
+
+def refuse_untouched(outcome: Outcome) -> None:
+    """Raise RunError where the guard left only the state of step 0: nothing was learned that may be kept."""
+    if outcome.guarded is not None and outcome.guarded.step == 0:
+        raise RunError(outcome.guarded.sentence())
 
 
 def run(
@@ -79,24 +100,29 @@ def run(
     out: str | Path | None,
     name: str,
     options: TrainOptions,
+    general: Sequence[Sample] = (),
     watch: Watcher | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """The loop itself; see `train`. The model ends with the best state (the last where nothing is held out).
+    """The loop itself; see `train`. The model ends with the best state (the last where nothing is held out or
+    guarded; the untouched one where none stays within the guard).
 
-    `tell` gets what the user should know, as it comes up: a resumed step, another machine, idle experts.
+    `tell` gets what the user should know, as it comes up: a resumed step, idle experts, what the guard cost.
     """
     if not samples:
         raise DataError("there is no sample to train on; look at the data with `postil data show`")
-    if options.patience is not None and not valid:
+    check_form(model.base, options)
+    if options.patience is not None and not valid and options.guard is None:
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
+    check_general(options, bool(general))
+    beside = split_general(general, options, model.base) if general else None
     directory = Path(out) if out is not None else None
-    resident = model.resident(name) if options.method == "lora" else None
+    resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     model.checkpointing = options.gradient_checkpointing
     try:
         with _only_trainer(directory):
-            return _train(model, samples, valid, directory, resident, weights, options, watch, tell)
+            return _train(model, samples, valid, beside, directory, resident, weights, options, watch, tell)
     finally:
         model.checkpointing = False
         if resident is not None:
@@ -110,6 +136,7 @@ def _train(
     model: AdaptedModel,
     samples: list[Sample],
     valid: list[Sample],
+    general: General | None,
     directory: Path | None,
     resident: Resident | None,
     weights: Trainable,
@@ -119,12 +146,17 @@ def _train(
 ) -> Outcome:
     total = options.steps or math.ceil(len(samples) / options.batch_size) * options.epochs
     optimizer = AdamW.of(weights, options, total)
+    bare: Bare = weights.origin() if general is not None else nullcontext
+    untouched = weights.flat.detach().clone() if options.guard is not None else None
     progress, identity = Progress(), ""
     if directory is not None:
-        identity = identity_of(model, samples, valid, resident, weights, options)
+        identity = identity_of(model, samples, valid, resident, weights, options, general)
         progress, notes = load_checkpoint(directory, optimizer, identity)
         for line in notes:
             tell(line)
+    if progress.best is None:
+        progress.best = untouched  # step 0 passes any guard
+    gauge = Gauge.of(model, general.watched, options.pack_tokens, bare) if general is not None else None
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
@@ -132,14 +164,16 @@ def _train(
     with ExitStack() as stack:
         log = stack.enter_context(RunLog(directory, progress.step)) if directory is not None else None
         stop = stack.enter_context(_polite_stop())
-        for step, packs in _steps(samples, options, progress.step, progress.step if late else total):
+        watching = log.total("watch_seconds") if log is not None else 0.0
+        for step, packs in _steps(samples, options, progress.step, progress.step if late else total, general):
             started = time.perf_counter()
             loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
+            held = _held(model, weights, resident, general, options, step, bare)
             norm = optimizer.clip()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise RunError(
                     f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}) "
-                    f"or look at rows {listed(row for pack in packs for row in pack.rows)}; "
+                    f"or look at rows {listed(row for pack in packs for row in pack.rows if row)}; "
                     "checkpoints before this step are kept"
                 )
             if step == 1 and resident is not None:
@@ -149,10 +183,15 @@ def _train(
             progress.step = step
             seconds = time.perf_counter() - started
             event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
-                     "target_tokens": targets, "seconds": round(seconds, 4)}  # fmt: skip
-            if valid and (step % valid_every == 0 or step == total):
-                event["valid_loss"] = validate(model, valid, resident, options.pack_tokens)
-                _keep_best(progress, event["valid_loss"], step, weights)
+                     "target_tokens": targets, "seconds": round(seconds, 4), **held}  # fmt: skip
+            if step % valid_every == 0 or step == total:
+                if gauge is not None:
+                    event |= gauge.measure(model, resident)
+                    watching += event["watch_seconds"]
+                if valid:
+                    event["valid_loss"] = validate(model, valid, resident, options.pack_tokens)
+                if valid or options.guard is not None:
+                    keep(progress, weights, options, event.get("valid_loss"), event.get("general_rise"))
             if log is not None:
                 log.write(step, **event)
             if watch is not None:
@@ -167,7 +206,20 @@ def _train(
         with torch.no_grad():
             weights.flat.copy_(progress.best)
         weights.publish()
-    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped)
+    guarded = None
+    if gauge is not None and options.guard is not None and not stopped:
+        guarded = gauge.verdict(model, resident, progress, options.guard, watching)
+        if guarded.step:
+            tell(guarded.sentence())
+    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, guarded)
+
+
+def check_form(base: Base, options: TrainOptions) -> None:
+    """Raise RecipeError where the base's form is not the method's."""
+    if options.method == "full" and base.quantised:
+        raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: take a dense base")
+    if options.method == "qlora" and not base.quantised:
+        raise RecipeError('training.method qlora needs a 4-bit base: open it with quant="nf4", or use method lora')
 
 
 @contextmanager
@@ -188,21 +240,29 @@ def _only_trainer(directory: Path | None) -> Iterator[None]:
         raise RunError(f"another process is training in {directory}; wait for it or choose another --out") from None
 
 
-def seconds_per_run(model: AdaptedModel, samples: list[Sample], name: str, options: TrainOptions) -> float:
-    """About how long a run takes: the gradients of its first step, timed the second time; nothing is changed."""
-    resident = model.resident(name) if options.method == "lora" else None
+def seconds_per_run(
+    model: AdaptedModel, samples: list[Sample], name: str, options: TrainOptions, documents: Sequence[Sample] = ()
+) -> float:
+    """About how long a run takes: the gradients of its first step, timed the second time; nothing is changed.
+
+    Validating, and watching the general text of `documents`, comes on top.
+    """
+    resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
-    _, packs = next(_steps(samples, options, 0, 1))
+    general = split_general(documents, options, model.base) if documents else None
+    bare: Bare = weights.origin() if general is not None else nullcontext
+    _, packs = next(_steps(samples, options, 0, 1, general))
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
         _gradients(model, weights, resident, packs, options, 1)
+        _held(model, weights, resident, general, options, 1, bare)
         seconds = time.perf_counter() - began
     if resident is not None:
         resident.train(False)
     else:
         model.model.requires_grad_(False)
-    tokens = sum(len(pack.ids) for pack in packs)
+    tokens = sum(length for pack in packs for row, length in zip(pack.rows, pack.lengths, strict=True) if row)
     total = sum(len(sample.ids) for sample in samples) * options.epochs
     if options.steps is not None:
         total = total * options.steps // (math.ceil(len(samples) / options.batch_size) * options.epochs)
@@ -216,14 +276,16 @@ def identity_of(
     resident: Resident | None,
     weights: Trainable,
     options: TrainOptions,
+    general: General | None = None,
 ) -> str:
     """What a checkpoint must share with the run that resumes from it: options, data, base, adapter, first values."""
-    digest = hashlib.sha256(str(model.base.fingerprint()).encode())
+    form = f"{model.base.fingerprint()} {model.base.dtype}" if model.base.quantised else str(model.base.fingerprint())
+    digest = hashlib.sha256(form.encode())
     fields = [options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})]
     if resident is not None:
         fields.append(resident.config.model_dump(mode="json"))
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for kind in (samples, valid):
+    for kind in (samples, valid, *((general.watched, general.held) if general is not None else ())):
         digest.update(len(kind).to_bytes(8, "big"))
         for sample in kind:
             digest.update(len(sample.ids).to_bytes(8, "big"))
@@ -239,14 +301,18 @@ def _samples(data: Dataset | Sequence[Sample] | None) -> list[Sample]:
 
 
 def _steps(
-    samples: Sequence[Sample], options: TrainOptions, done: int, total: int
+    samples: Sequence[Sample], options: TrainOptions, done: int, total: int, general: General | None = None
 ) -> Iterator[tuple[int, list[Pack]]]:
     """(step number from 1, its packs) for the steps after `done`: a pure function of data, seed and epoch."""
+
+    def beside(epoch: int, index: int) -> list[Sample]:
+        return general.mixed(options, epoch * per_epoch + index + 1) if general is not None else []
+
     per_epoch = math.ceil(len(samples) / options.batch_size)
     for epoch in range(done // per_epoch, math.ceil(total / per_epoch)):
         steps = epoch_steps(
             samples, batch_size=options.batch_size, accumulation=options.accumulation,
-            pack_tokens=options.pack_tokens, seed=options.seed, epoch=epoch,
+            pack_tokens=options.pack_tokens, seed=options.seed, epoch=epoch, beside=partial(beside, epoch),
         )  # fmt: skip
         for index, packs in enumerate(steps):
             step = epoch * per_epoch + index + 1
@@ -268,7 +334,7 @@ def _gradients(
     for index, pack in enumerate(packs):
         seed = derive(options.seed, "dropout", step, index)
         ids, positions, share = to_device(pack, model)
-        layout = Layout.packed(pack.lengths, _spans(resident, len(pack.ids), seed))
+        layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))
         with model.using(layout):
             total, _, _ = model.loss(ids, positions, share / max(targets, 1))
             if total.requires_grad:
@@ -278,18 +344,22 @@ def _gradients(
     return loss, sum(len(pack.ids) for pack in packs), targets
 
 
-def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, positions, loss weights) of a pack as tensors on the model's device."""
-    device = model.base.device
-    return (
-        torch.from_numpy(pack.ids).to(device),
-        torch.from_numpy(pack.positions).to(device),
-        torch.from_numpy(pack.weights).to(device),
-    )
-
-
-def _spans(resident: Resident | None, tokens: int, seed: int = 0) -> Spans:
-    return Spans((Span(0, tokens, resident.slot, 1.0, seed),)) if resident is not None else Spans()
+def _held(
+    model: AdaptedModel,
+    weights: Trainable,
+    resident: Resident | None,
+    general: General | None,
+    options: TrainOptions,
+    step: int,
+    bare: Bare,
+) -> dict[str, float]:
+    """The part of a step's gradients that holds the model to its base: kl_loss (nats per token) and kl_seconds."""
+    rows = general.compared(options, step) if general is not None else []
+    if not rows:
+        return {}
+    began = time.perf_counter()
+    mean = kl_gradients(model, weights, resident, rows, options, step, bare)
+    return {"kl_loss": mean, "kl_seconds": round(time.perf_counter() - began, 4)}
 
 
 @torch.no_grad()
@@ -302,19 +372,11 @@ def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident 
     for packs in steps:
         for pack in packs:
             ids, positions, weights = to_device(pack, model)
-            with model.using(Layout.packed(pack.lengths, _spans(resident, len(pack.ids)))):
+            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)))):
                 part, _, targets = model.loss(ids, positions, weights)
             total += float(part)
             count += len(targets)
     return total / max(count, 1)
-
-
-def _keep_best(progress: Progress, loss: float, step: int, weights: Trainable) -> None:
-    if progress.best_loss is None or loss < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.since_best = loss, step, 0
-        progress.best = weights.flat.detach().clone()
-    else:
-        progress.since_best += 1
 
 
 def _check_gradients(resident: Resident) -> list[str]:

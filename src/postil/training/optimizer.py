@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from postil.adapter.bank import ALIGN, Resident
+from postil.adapter.divergence import Bare
 from postil.training.options import TrainOptions
 
 
@@ -24,6 +27,9 @@ class Trainable(Protocol):
 
     def publish(self) -> None:
         """After an update: bring the new values to the model."""
+
+    def origin(self) -> Bare:
+        """A maker of contexts in which the model's own parameters are as they are now, whatever is trained."""
 
 
 @dataclass(slots=True)
@@ -45,6 +51,10 @@ class AdapterWeights:
 
     def publish(self) -> None:
         """The leaves are the buffer."""
+
+    def origin(self) -> Bare:
+        """The model's own parameters are frozen."""
+        return nullcontext
 
 
 @dataclass(slots=True)
@@ -84,6 +94,24 @@ class FullWeights:
         with torch.no_grad():
             for parameter, master, _ in self.parameters:
                 parameter.copy_(master)
+
+    def origin(self) -> Bare:
+        """A copy of the model in its dtype, exchanged for the trained values within a context."""
+        other = [parameter.detach().clone() for parameter, _, _ in self.parameters]
+
+        def exchange() -> None:
+            for index, (parameter, _, _) in enumerate(self.parameters):
+                parameter.data, other[index] = other[index], parameter.data
+
+        @contextmanager
+        def bare() -> Iterator[None]:
+            exchange()
+            try:
+                yield
+            finally:
+                exchange()
+
+        return bare
 
 
 @dataclass(slots=True)

@@ -8,21 +8,28 @@ from pydantic import Field
 
 from postil.settings import Settings
 
-DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}  # LoRA about 10× full (LoRA Without Regret)
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}  # LoRA about 10× full (LoRA Without Regret)
 
 
 class TrainOptions(Settings):
     """How to train. Unknown keys and impossible values raise RecipeError.
 
     A step takes batch_size rows, in at least `accumulation` packs of at most pack_tokens tokens; its loss is
-    divided by the step's target tokens, so the split changes nothing. learning_rate None: 2e-4 for LoRA, 2e-5
-    for full fine-tuning. steps overrides epochs. warmup: steps. valid_every, checkpoint_every: steps (None:
-    about ten times a run). patience: validations without gain before an early stop (None: never).
+    divided by the step's target tokens, so the split changes nothing. method qlora: LoRA beside a 4-bit base.
+    learning_rate None: 2e-4 for LoRA, 2e-5 for full fine-tuning. steps overrides epochs. warmup: steps.
+    valid_every, checkpoint_every: steps (None: about ten times a run). patience: validations without gain before
+    an early stop (None: never).
+
+    The rest needs general text beside the data, half of its documents to watch and half to hold to. guard: the
+    largest rise of its nats per token over the base; the best state within it is kept (None: not asked).
+    watch_windows: of 512 tokens, measured at every validation. kl_weight: each step adds this times the mean
+    KL(base||adapted) per token over kl_rows general rows. general_share: so many general rows, as a share of
+    batch_size, are learned among each step's own. general_tokens: of one general row in a step.
     """
 
     where: ClassVar[str] = "training"
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "qlora", "full"] = "lora"
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
@@ -40,6 +47,12 @@ class TrainOptions(Settings):
     checkpoint_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     patience: int | None = Field(default=None, ge=1)
+    guard: float | None = Field(default=None, ge=0)
+    watch_windows: int = Field(default=8, ge=1)
+    kl_weight: float = Field(default=0.0, ge=0)
+    kl_rows: int = Field(default=2, ge=1)
+    general_share: float = Field(default=0.0, ge=0, le=1)
+    general_tokens: int = Field(default=128, ge=2)
     seed: int = Field(default=0, ge=0)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -19,14 +19,17 @@ from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
 from postil.errors import RecipeError, RunError
 from postil.files import atomic_directory, write_json, write_text
 from postil.settings import Settings
-from postil.training.loop import Outcome, Watcher, run, seconds_per_run
+from postil.training.general import check_general, split_general
+from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import TrainOptions
 
 
 class Recipe(Settings):
     """What `postil train` runs. Keys: base, data, out, valid (or valid_share, a seeded share held out), dtype,
-    device, trust_remote_code (let the base's directory run its own code), from_adapter (continue from an
-    adapter's values), lora, rows (how the data is read), training."""
+    device, quant (nf4: the base in 4 bits, which training.method qlora implies), trust_remote_code (let the base's
+    directory run its own code), from_adapter (continue from an adapter's values), general (rows of text that
+    training.guard, kl_weight and general_share read; half of the documents are watched), lora, rows (how the data
+    is read), training."""
 
     where: ClassVar[str] = "recipe"
 
@@ -37,8 +40,10 @@ class Recipe(Settings):
     valid_share: float = Field(default=0.05, ge=0, lt=1)
     dtype: str = "auto"
     device: str = "auto"
+    quant: Literal["nf4"] | None = None
     trust_remote_code: bool = False
     from_adapter: str | None = None
+    general: str | None = None
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
     rows: DataOptions = Field(default_factory=DataOptions)
     training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
@@ -99,6 +104,7 @@ class Job:
     valid: list[Sample]
     dataset: Dataset
     held_out: Dataset | None = None  # where the recipe names a file of its own
+    general: Dataset | None = None  # documents, a sample each
 
     def run(self, watch: Watcher | None = None, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         """Train, then write the adapter (or the model) into the run directory; see training.loop.run."""
@@ -106,7 +112,15 @@ class Job:
 
     def seconds(self) -> float:
         """About how long `run` will take on this machine, from one step's gradients."""
-        return seconds_per_run(self.model, self.training, "default", self.recipe.training)
+        return seconds_per_run(self.model, self.training, "default", self.recipe.training, self._documents())
+
+    def general_lines(self) -> list[str]:
+        """What is done with the general text, in sentences; none where there is none."""
+        options = self.recipe.training
+        return split_general(self._documents(), options, self.base).lines(options) if self.general else []
+
+    def _documents(self) -> list[Sample]:
+        return self.general.samples if self.general is not None else []
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -117,24 +131,36 @@ def prepare(recipe: Recipe) -> Job:
         raise RecipeError("from_adapter brings the adapter's own configuration; leave the lora keys out")
     if recipe.training.method == "full" and (recipe.from_adapter is not None or not plain):
         raise RecipeError("training.method full trains every weight; leave lora and from_adapter out")
+    if recipe.training.method == "full" and recipe.quant is not None:
+        raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: leave quant out")
+    check_general(recipe.training, recipe.general is not None)
     base = load_base(
-        recipe.base, dtype=recipe.dtype, device=recipe.device, trust_remote_code=recipe.trust_remote_code
+        recipe.base,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        quant="nf4" if recipe.training.method == "qlora" else recipe.quant,
     )
+    check_form(base, recipe.training)
     dataset = load_data(recipe.data, base, recipe.rows, side_directory=None)
     held_out = load_data(recipe.valid, base, recipe.rows) if recipe.valid is not None else None
     if held_out is not None:
         training, valid = dataset.samples, held_out.samples
     else:
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
+    general = None
+    if recipe.general is not None:  # whole documents, whatever the context: they are cut into windows later
+        options = DataOptions(format="text", skip_bad_lines=recipe.rows.skip_bad_lines)
+        general = load_data(recipe.general, base.tokenizer, options)
     model = attach(base)
-    if recipe.training.method == "lora":
+    if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
             from postil.adapter.peft_files import load_adapter
 
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
-    return Job(recipe, base, model, list(training), list(valid), dataset, held_out)
+    return Job(recipe, base, model, list(training), list(valid), dataset, held_out, general)
 
 
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
@@ -147,10 +173,12 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
         raise RunError(f"{out} holds a run of another recipe; choose another --out or remove that directory")
     write_text(kept, text)
     outcome = run(
-        job.model, job.training, job.valid, out=out, name="default", options=recipe.training, watch=watch, tell=tell
-    )
+        job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
+        options=recipe.training, watch=watch, tell=tell,
+    )  # fmt: skip
     if outcome.stopped:
         return outcome
+    refuse_untouched(outcome)
     if recipe.training.method == "full":
         _save_model(job, out / "model")
     else:
@@ -163,10 +191,16 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
                 "samples": len(job.training),
                 "held_out": len(job.valid),
                 "held_out_sha256": job.held_out.report.sha256 if job.held_out is not None else None,
+                "general_sha256": job.general.report.sha256 if job.general is not None else None,
             },
             "versions": {name: version(name) for name in ("postil", "torch", "transformers")},
             "template_hash": report.template_hash,
-            "result": {"steps": outcome.steps, "valid_loss": outcome.valid_loss, "best_step": outcome.best_step},
+            "result": {
+                "steps": outcome.steps,
+                "valid_loss": outcome.valid_loss,
+                "best_step": outcome.best_step,
+                "guard": outcome.guarded.facts() if outcome.guarded is not None else None,
+            },
         }
         from postil.adapter.peft_files import save_adapter
 

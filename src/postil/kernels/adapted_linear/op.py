@@ -114,6 +114,24 @@ def drop(x: torch.Tensor, span: Span, slot: AdapterSlot, group: Group) -> torch.
     return x * (keep.to(x.dtype) / (1.0 - slot.dropout)).to(x.device)
 
 
+def _down(x: torch.Tensor, slot: AdapterSlot) -> torch.Tensor:
+    """h = x A^T [rows, ranks], the members' ranks side by side: one product in 16 bits; in float32 one a member,
+    which rounds as each does alone: a plain float32 pass then has the bits of PEFT's."""
+    a = slot.cast(slot.a, x.dtype)
+    if x.dtype != torch.float32:
+        return x @ a.T
+    parts = [x @ a[low:high].T for low, high in slot.ranges() if high > low]
+    return torch.cat(parts, dim=1) if parts else x.new_zeros(x.shape[0], 0)
+
+
+def _add_up(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """y += s h B^T in place: one product in 16 bits; in float32 the term is rounded first, as PEFT does."""
+    if y.dtype == torch.float32:
+        y.add_((h @ b.T).mul_(scale))
+    else:
+        y.addmm_(h, b.T, alpha=scale)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -129,14 +147,12 @@ class _AdaptedLinear(torch.autograd.Function):
         for span in spans:
             slot = group.slots[span.slot]
             rows = slice(span.start, span.end)
-            h = drop(x[rows], span, slot, group) @ slot.cast(slot.a, x.dtype).T  # [rows, ranks]
+            h = _down(drop(x[rows], span, slot, group), slot)
             hidden.append(h)
             for j, (low, high) in enumerate(slot.ranges()):
                 b, bias = slot.b[j], slot.biases[j]
                 if b is not None:
-                    outputs[j][rows].addmm_(
-                        h[:, low:high], slot.cast(b, x.dtype).T, alpha=span.scale * slot.scales[j]
-                    )
+                    _add_up(outputs[j][rows], h[:, low:high], slot.cast(b, x.dtype), span.scale * slot.scales[j])
                 if bias is not None:
                     own = group.members[j].bias
                     shift = bias.detach() if own is None else bias.detach() - own.detach()

@@ -28,7 +28,8 @@ def attention(
 
     window: a query sees itself and the window-1 keys before it (None: all before it). softcap: scores become
     softcap·tanh(score/softcap) (Gemma 2). sinks: one extra logit per head that takes weight and gives no value.
-    Segments cover the queries in order. No mask larger than [queries of a block, keys it can see] is made.
+    Segments cover the queries in order. No mask larger than [queries of a block, keys it can see] is made. Every
+    row of v is finite: a decoding batch reads rows beyond a segment's keys with weight 0.
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
     plain = softcap is None and sinks is None and all(segment.prefix is None for segment in segments)
@@ -162,8 +163,7 @@ def _decode(
     grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
     scores = torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float() * scale  # [batch, kv, group, longest]
     scores.masked_fill_(hide[:, None, None, :], float("-inf"))
-    weights = scores.softmax(-1).to(v.dtype)
-    values = values.masked_fill(hide[:, :, None, None], 0.0)  # rows that no token has written may hold anything
+    weights = scores.softmax(-1).to(v.dtype)  # exactly 0 where hidden
     return torch.matmul(weights, values.transpose(1, 2)).reshape(batch, heads, dim)
 
 

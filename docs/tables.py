@@ -1,0 +1,127 @@
+"""Tables of what was measured, from the JSON of recipes/ and bench/results/: the parts of docs/evidence.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TEST, VALID = "wikitext2_test_32768x1024", "wikitext2_valid_16384x512"
+Json = dict[str, Any]
+
+
+def read(path: Path) -> Json:
+    """A result file."""
+    found: Json = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]) + "\n"
+
+
+def main_job() -> str:
+    """BLEU and general damage of each run of the main job, PEFT's at the same settings beside ours."""
+    folder = ROOT / "recipes/main_job"
+    base = read(folder / "base.json")
+    better = max(base["zero_shot"]["bleu_630"], base["five_shot"]["bleu_630"])
+    rows: list[list[object]] = []
+    for kind in ("zero_shot", "five_shot"):
+        one = base[kind]
+        name = f"base, {kind.replace('_', '-')}"
+        rows.append([name, "", "", "", f"{one['bleu_630']:.1f}", "", f"{one['bleu_200']:.1f}", "0", "0", ""])
+    for path in sorted(folder.glob("*.json")):
+        if path.stem == "base":
+            continue
+        one = read(path)
+        training = one["recipe"]["training"]
+        row: list[object] = [
+            path.stem.replace(".peft", ", by PEFT"), one["recipe"]["rows"], f"{training['learning_rate']:g}",
+            f"{one['valid_nats']:.3f}",
+        ]  # fmt: skip
+        if "bleu_630" in one:
+            row += [f"{one['bleu_630']:.1f}", f"{one['bleu_630'] - better:+.1f}", f"{one['bleu_200']:.1f}"]
+            row += [f"{one['general'][key] - base['general'][key]:+.3f}" for key in (TEST, VALID)]
+        else:
+            row += [""] * 5
+        rows.append([*row, f"{one['train_seconds']:.0f}"])
+    heads = ("run", "rows", "learning rate", "valid nats", "BLEU, 630", "over the better base", "BLEU, 200",
+             "general, test", "general, valid", "seconds")  # fmt: skip
+    return markdown(heads, rows)
+
+
+def shown(comparison: Json) -> str:
+    """A measure's adapter value with its difference from the base and that difference's interval."""
+    gap = comparison["difference"]
+    digits = 3 if "nats" in comparison["unit"] else 1
+    inner = f"{gap['value']:+.{digits}f}, {gap['low']:+.{digits}f} to {gap['high']:+.{digits}f}"
+    return f"{comparison['adapter']['value']:.{digits}f} ({inner})"
+
+
+def evidence() -> str:
+    """A table for each set of recipes/evidence that has a result."""
+    parts = []
+    for folder in sorted((ROOT / "recipes/evidence").iterdir()):
+        results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+        if results:
+            parts.append(evidence_set(folder, results))
+    return "\n".join(parts) or "No run of a set has been made yet.\n"
+
+
+def evidence_set(folder: Path, results: dict[str, Json]) -> str:
+    """One set: what it is, the bare base, then every run; intervals are of the difference from the base."""
+    lead = [
+        line.removeprefix("#").strip()
+        for line in (folder / "common.yaml").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#")
+    ]
+    first = next(iter(results.values()))["card"]
+    columns = [("target", name) for name in first["target"]["measures"]]
+    columns += [(part, name) for part, one in first["general"].items() for name in one["measures"]]
+
+    def measure(card: Json, part: str, name: str) -> Json | None:
+        inner = card["target"] if part == "target" else card["general"].get(part)
+        found: Json | None = (inner or {}).get("measures", {}).get(name)
+        return found
+
+    rows: list[list[object]] = [["bare base"]]
+    for part, name in columns:
+        one = measure(first, part, name)
+        digits = 3 if one and "nats" in one["unit"] else 1
+        few = next((r["card"]["target"]["few_shot"].get(name) for r in results.values()
+                    if part == "target" and r["card"]["target"]["few_shot"]), None)  # fmt: skip
+        rows[0].append(
+            f"{one['base']['value']:.{digits}f}" + (f"; few-shot {few['value']:.{digits}f}" if few else "")
+        )
+    rows[0] += ["", ""]
+    for name, result in results.items():
+        cells = [measure(result["card"], *column) for column in columns]
+        verdict = result["card"]["target"]["measures"][result["card"]["target"]["main"]]["verdict"]
+        rows.append(
+            [name, *(shown(cell) if cell else "" for cell in cells), verdict, f"{result['train_seconds']:.0f}"]
+        )
+    heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns), "target", "seconds"]
+    return f"### {folder.name}\n\n{' '.join(lead)}\n\n{markdown(heads, rows)}"
+
+
+def benches() -> str:
+    """The figures of bench/results that stand by themselves."""
+    mixed, kill = (read(ROOT / f"bench/results/{name}.json") for name in ("mixed_batch", "kill"))
+    equality = mixed["equality"]
+    rows: list[list[object]] = [
+        ["mixed batch: decisions that differ from the merged solo run", "`bench/mixed_batch.py`",
+         f"{equality['differences']} of {equality['positions']:,}, {equality['near_ties']} near ties"],
+        ["32 requests together over 32 one by one", "`bench/mixed_batch.py`", f"{mixed['ratio']:.3f}"],
+        ["kill -9, resumed: bytes equal the unbroken run's", "`bench/kill.py`",
+         f"{'all' if kill['equal'] else 'not all'} of {kill['kills']} kills"],
+    ]  # fmt: skip
+    plan = ROOT / "bench/results/plan.json"
+    if plan.is_file():
+        for name, case in read(plan)["cases"].items():
+            rows.append([f"planned over measured peak of memory, {name}", "`bench/plan_memory.py`",
+                         f"{case['ratio']:.3f}"])  # fmt: skip
+    return markdown(("what", "command", "measured"), rows)

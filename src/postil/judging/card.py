@@ -1,0 +1,134 @@
+"""The score card: what was measured of an adapter, on what, beside what; as it stands in postil.json."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from postil.errors import JudgeError, PostilError
+from postil.settings import Settings
+
+Verdict = Literal["better", "no evidence", "worse"]
+
+
+class Estimate(Settings):
+    """A value with its two-sided interval."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    value: float
+    low: float
+    high: float
+
+
+class Comparison(Settings):
+    """One measure of base and adapter on the same rows.
+
+    difference: adapter minus base, with its paired bootstrap interval at `level` (corrected where several
+    looks are taken at one set). detectable: the smallest difference that this many rows would have shown with
+    80% power. z: the difference in units of the null adapters' spread, where they were run.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    metric: str
+    better: Literal["higher", "lower"]
+    unit: str
+    rows: int
+    base: Estimate
+    adapter: Estimate
+    difference: Estimate
+    level: float = 0.95
+    verdict: Verdict
+    detectable: float
+    z: float | None = None
+
+
+class DataUsed(Settings):
+    """A file that was judged on: its name, the digest of its rows as used, and how many."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    name: str
+    sha256: str
+    rows: int
+    tokens: int | None = None
+
+
+class Part(Settings):
+    """A set of measures on one data set. `main` names the measure that decides; slices: column → value → measures.
+
+    few_shot: the bare base's value of each measure with examples in its prompt, `shots` of them.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    data: DataUsed
+    main: str
+    measures: dict[str, Comparison]
+    few_shot: dict[str, Estimate] = Field(default_factory=dict)
+    shots: int = 0
+    slices: dict[str, dict[str, dict[str, Comparison]]] = Field(default_factory=dict)
+
+
+class CurvePoint(Settings):
+    """The adapter's term scaled by `scale`: the target's main measure and general nats per token there."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    scale: float
+    target: float | None = None
+    target_nats: float | None = None
+    general_nats: float | None = None
+
+
+class Leakage(Settings):
+    """Verbatim leakage: training rows continued word for word from their beginning, by adapter and by base.
+
+    adapter, base, held_out: percentages of rows; held_out are rows of the target that the adapter never learned,
+    so that what skill alone repeats is seen.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    rows: int
+    prefix_tokens: int
+    matched_tokens: int
+    adapter: Estimate
+    base: Estimate
+    held_out: Estimate | None = None
+    worst_rows: list[int] = Field(default_factory=list)
+
+
+class ScoreCard(Settings):
+    """Everything measured of one adapter. `general` holds several parts by name: "nats", "kl", "choices", "pairs"."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    format: Literal[1] = 1
+    base: dict[str, str]  # source and form of the fingerprint
+    adapter_sha256: str  # of adapter_model.safetensors and adapter_config.json
+    target: Part | None = None
+    general: dict[str, Part] = Field(default_factory=dict)
+    null_adapters: int = 0
+    curve: list[CurvePoint] = Field(default_factory=list)
+    leakage: Leakage | None = None
+    command: str  # reproduces this card
+    seed: int = 0
+    versions: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+    def find(self, path: str) -> Any:
+        """The Comparison that a dotted path means: "target.bleu", "target" (its main one), "general.nats",
+        "target.intent=refund.accuracy" (a slice). Raises JudgeError with the nearest known path."""
+        from postil.judging.paths import find
+
+        return find(self, path)

@@ -1,0 +1,183 @@
+"""judge: an adapter (or a fine-tuned model) beside its base, on its target and on general ability: a score card."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from postil.adapter import AdaptedModel
+from postil.base import Base
+from postil.data import DataOptions, load_data
+from postil.engine.engine import eos_ids
+from postil.errors import JudgeError
+from postil.judging.card import Part, ScoreCard
+from postil.judging.command import Sources, command_of
+from postil.judging.general import general_parts, read_general
+from postil.judging.job import Job, Watch, answer_all, answered, likelihoods
+from postil.judging.metric import Metric
+from postil.judging.metrics import default_metric, metric_named
+from postil.judging.metrics.own import is_own
+from postil.judging.options import JudgeOptions
+from postil.judging.parts import NATS, Measured, check_columns, part_of, slices_of
+from postil.judging.predictions import lines_of, write_predictions
+from postil.judging.probes import Probe, check_probes, leakage_probes
+from postil.judging.probing import against_null, curve, leakage_of
+from postil.judging.rows import SHIPPED, From
+from postil.judging.subject import Judged, Subject, keep_card, opened
+from postil.judging.target import Target, check_answers, few_shot, read_target
+
+VERSIONS = ("postil", "torch", "transformers", "sacrebleu")
+
+
+def judge(
+    base: Base | PreTrainedModel | AdaptedModel,
+    judged: Judged,
+    *,
+    target: From | None = None,
+    general: From | None = SHIPPED,
+    choices: From | None = None,
+    pairs: From | None = None,
+    train: From | None = None,
+    leaks: From | None = None,
+    options: JudgeOptions | None = None,
+    predictions: str | Path | None = None,
+    watch: Watch = lambda _: None,
+    keep: bool = True,
+    force: bool = False,
+) -> ScoreCard:
+    """Judge an adapter beside its base; the base is afterwards as before.
+
+    judged: an adapter directory, an Adapter, the name of a resident of an AdaptedModel, or a fine-tuned model
+    (directory or Base), which is compared in the same way. target: held-out rows of its task. general: running text
+    of what must not get worse (by default the sample that ships with postil; None leaves it out), choices and pairs
+    answered by likelihood. train: rows that few-shot examples are drawn from (options.shots). leaks: rows it was
+    trained on, tried for verbatim leakage. predictions: a JSONL for every answer. watch: told {"phase", "done",
+    "total"}. keep: put the card into an Adapter's `card`, or the directory's postil.json. force: take an adapter
+    made for another base. Raises JudgeError, DataError, AdapterError, BaseModelError, StorageError.
+    """
+    options = options or JudgeOptions()
+    sources = Sources(target, general, choices, pairs, train, leaks)
+    if options.shots and (train is None or target is None):
+        raise JudgeError("few-shot examples need a target and a training file to draw them from: give --train FILE")
+    if not sources.any_set():
+        raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
+    with opened(base, judged, force=force) as subject:
+        job = _prepared(subject, options, sources, watch)
+        card = _judged(job, command_of(judged, subject.base.base, sources, options), predictions)
+        if keep:
+            keep_card(subject, card)
+        return card
+
+
+def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: Watch) -> Job:
+    """Everything read and checked before the first forward pass."""
+    base, notes = subject.base.base, list(subject.notes)
+    if subject.name is None and (options.null or options.curve):
+        raise JudgeError(
+            "null adapters and the λ curve are of adapters; leave --null and --curve out for a whole model"
+        )
+    rows = options.rows or subject.rows()
+    general = read_general(sources.general, sources.choices, sources.pairs, base, options.general, options.seed)
+    target, metrics, few = None, dict[str, Metric](), list[list[int]]()
+    if sources.target is not None:
+        target = read_target(sources.target, base, rows, limit=options.limit, max_new_tokens=options.max_new_tokens,
+                             stop=options.stop, seed=options.seed)  # fmt: skip
+        check_answers(target, options.metrics)
+        notes += target.notes
+        metrics = _metrics(target, options, notes) if target.answers else {}
+        if options.shots and target.answers and sources.train is not None:
+            few, said = few_shot(target, sources.train, base, options.shots, options.seed)
+            notes += said
+    looked_at = [[row.value for row in one.rows] for one in general.sets.values()]
+    check_columns(options.slices, [target.values if target is not None else [], *looked_at])
+    probes, held_out = _probes(subject, options, sources.leaks, rows, target)
+    return Job(
+        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes]
+    )  # fmt: skip
+
+
+def _probes(
+    subject: Subject, options: JudgeOptions, leaks: From | None, rows: DataOptions, target: Target | None
+) -> tuple[list[Probe], list[Probe]]:
+    """Training rows to be tried for leakage, and rows of the target, which was never learned, beside them."""
+    if leaks is None:
+        return [], []
+    ends = eos_ids(subject.base)
+    learned = load_data(leaks, subject.base.base, rows.model_copy(update={"too_long": "truncate"}))
+    probes = leakage_probes(learned.samples, options.leakage, ends, options.seed)
+    check_probes(probes, options.leakage, learned.report.source)
+    held_out = target.samples if target is not None else ()
+    return probes, leakage_probes(held_out, options.leakage, ends, options.seed)
+
+
+def _metrics(target: Target, options: JudgeOptions, notes: list[str]) -> dict[str, Metric]:
+    """The measures of answers by name, the main one first."""
+    names = options.metrics
+    if not names:
+        name, why = default_metric(target.values)
+        names = (name,)
+        notes.append(f"measured by {name}, since {why}")
+    for name in options.metric_options:
+        if name not in names:
+            raise JudgeError(f"metric_options: {name!r} is none of the metrics asked for ({', '.join(names)})")
+    found: dict[str, Metric] = {}
+    for name in names:
+        metric = metric_named(name, options.metric_options.get(name))
+        if metric.name in (*found, NATS.name):
+            raise JudgeError(f"metrics: two measures would be called {metric.name!r}; give each once")
+        found[metric.name] = metric
+        if not is_own(name):
+            metric.statistics([""] * len(target.items), target.values)  # what is wrong with the rows is said now
+    return found
+
+
+def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard:
+    subject, base = job.subject, job.subject.base
+    bare = likelihoods(job, base, None, "likelihoods of the base")
+    mine = likelihoods(job, subject.model, subject.weights, "likelihoods of what is judged", subject.other)
+    answer_all(job)
+    measured = {who: answered(job, answers) for who, answers in job.answers.items()}
+    part = None
+    if job.target is not None:
+        part = _target_part(job, bare.nats | measured.get("base", {}), mine.nats | measured.get("adapter", {}),
+                            measured.get("few-shot", {}))  # fmt: skip
+    options = job.options
+    parts = general_parts(job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice)
+    if options.null:
+        part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
+    fingerprint = base.base.fingerprint()
+    card = ScoreCard(
+        base={"source": fingerprint.source, "form": fingerprint.form},
+        adapter_sha256=subject.sha256,
+        target=part,
+        general=parts,
+        null_adapters=options.null,
+        curve=curve(job, bare, mine, measured),
+        leakage=leakage_of(job),
+        command=command,
+        seed=options.seed,
+        versions={name: version(name) for name in VERSIONS},
+        notes=job.notes,
+    )
+    if predictions is not None:
+        sides = {"base": (bare.losses, bare.general.options), "adapter": (mine.losses, mine.general.options)}
+        write_predictions(predictions, lines_of(job.target, job.general, job.answers, measured, sides, options.shots))
+    return card
+
+
+def _target_part(job: Job, bare: Measured, mine: Measured, few: Measured) -> Part:
+    assert job.target is not None
+    options = job.options
+    slices, small = slices_of(job.target.values, options.slices, options.smallest_slice)
+    for column, values in small.items():
+        job.notes.append(
+            f"slices: {len(values)} values of {column} have fewer than {options.smallest_slice} rows, too few for one"
+        )
+    metrics = {**job.metrics, NATS.name: NATS}
+    base, adapter = ({name: found[name] for name in metrics} for found in (bare, mine))
+    return part_of(
+        job.target.data, next(iter(metrics)), metrics, base, adapter, job.draw,
+        slices=slices, few_shot=few, shots=options.shots if few else 0,
+    )  # fmt: skip

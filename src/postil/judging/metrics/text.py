@@ -1,0 +1,137 @@
+"""Measures of an answer's words: exact and normalised match, BLEU and chrF by sacrebleu, ROUGE-L."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from postil.judging.metric import Metric, Row, Statistics
+from postil.judging.metrics.options import AnswerOptions, BleuOptions, ChrfOptions, Given, NoOptions, chosen
+from postil.judging.metrics.rows import each, points, share, wanted
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def said(answer: str, options: AnswerOptions) -> str:
+    """The stripped answer, or its first line."""
+    text = answer.strip()
+    return text.split("\n", 1)[0].rstrip() if options.first_line else text
+
+
+def exact_match(given: Given) -> Metric:
+    """The percentage of answers that equal a reference, blanks at either end aside."""
+    options = chosen(AnswerOptions, given)
+    return share(
+        "exact_match", lambda answer, row: said(answer, options) in {said(text, options) for text in wanted(row)}
+    )
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, English articles and spare blanks (Rajpurkar et al. 2016, section 6.1)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def normalised_match(given: Given) -> Metric:
+    """The percentage of answers that equal a reference once both are `normalised`."""
+    options = chosen(AnswerOptions, given)
+    return share(
+        "normalised_match",
+        lambda answer, row: normalised(said(answer, options)) in {normalised(text) for text in wanted(row)},
+    )
+
+
+def bleu(given: Given) -> Metric:
+    """Corpus BLEU (Papineni et al. 2002) from sacrebleu's counts, with as many references as each row has.
+
+    Statistics [rows, 10]: length, nearest reference length, matched and total n-grams of order 1 to 4. Their sum
+    through sacrebleu's own formula is corpus_bleu, to the last bit.
+    """
+    from sacrebleu.metrics import BLEU
+
+    options = chosen(BleuOptions, given)
+    scorer = BLEU(lowercase=options.lowercase, tokenize=options.tokenize, smooth_method=options.smooth, force=True)
+
+    def score(sums: NDArray[np.float64]) -> float:
+        whole = [int(count) for count in sums]
+        return float(
+            BLEU.compute_bleu(
+                whole[2:6], whole[6:], sys_len=whole[0], ref_len=whole[1], smooth_method=options.smooth
+            ).score
+        )
+
+    return Metric("bleu", "higher", "points", _sacrebleu(scorer), lambda sums: _by_score(sums, score))
+
+
+def chrf(given: Given) -> Metric:
+    """Corpus chrF (Popović 2015), chrF++ with word_order 2, from sacrebleu's counts; the best reference per row.
+
+    Statistics [rows, 3 · orders]: n-grams of the answer, of the reference, and of both, for each order. Their sum
+    through sacrebleu's own formula is corpus_chrf, to the last bit.
+    """
+    from sacrebleu.metrics import CHRF
+
+    options = chosen(ChrfOptions, given)
+    scorer = CHRF(options.char_order, options.word_order, options.beta, lowercase=options.lowercase)
+
+    def score(sums: NDArray[np.float64]) -> float:
+        return float(scorer._compute_f_score([int(count) for count in sums]))
+
+    return Metric("chrf", "higher", "points", _sacrebleu(scorer), lambda sums: _by_score(sums, score))
+
+
+def _sacrebleu(scorer: Any) -> Callable[[Sequence[str], Sequence[Row]], Statistics]:
+    """The statistics that a scorer of sacrebleu would sum: rows with fewer references are filled up with None."""
+
+    def statistics(answers: Sequence[str], rows: Sequence[Row]) -> Statistics:
+        references = each(answers, rows, lambda _, row: wanted(row))
+        most = max(map(len, references), default=1)
+        streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+        counts = scorer._extract_corpus_statistics(list(answers), streams) if rows else []
+        return np.array(counts, dtype=np.float64)
+
+    return statistics
+
+
+def _by_score(sums: Statistics, score: Callable[[NDArray[np.float64]], float]) -> NDArray[np.float64]:
+    """score over the last axis: sums [..., k] to values [...]."""
+    flat = sums.reshape(-1, sums.shape[-1])
+    return np.array([score(one) for one in flat]).reshape(sums.shape[:-1])
+
+
+def rouge_l(given: Given) -> Metric:
+    """ROUGE-L F1 (Lin 2004, section 3.1): the mean over rows, each against its best reference.
+
+    Words are runs of letters and digits in lower case, without stemming: on ASCII text the values are those of the
+    rouge-score package; unlike it, letters beyond ASCII count.
+    """
+    chosen(NoOptions, given)
+    return points("rouge_l", lambda answer, row: max(rouge_l_f1(answer, text) for text in wanted(row)))
+
+
+def rouge_l_f1(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of two texts' words; 0 where either has none."""
+    ours, theirs = _WORD.findall(answer.lower()), _WORD.findall(reference.lower())
+    common = _common_subsequence(ours, theirs)
+    if not common:
+        return 0.0
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)  # Lin 2004, equation 4 with β = 1
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, one row of the table at a time."""
+    best = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for j, other in enumerate(second, start=1):
+            above = best[j]
+            best[j] = diagonal + 1 if word == other else max(above, best[j - 1])
+            diagonal = above
+    return best[-1]

@@ -1,0 +1,113 @@
+"""Measures of tool calls: parsed from the answer, matched by name and arguments, kept to the tools' schemas."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from postil.data import parse_tool_calls
+from postil.data.messages import check_tools
+from postil.data.template import CALL_OPEN
+from postil.errors import DataError, JudgeError
+from postil.judging.metric import Metric, Row
+from postil.judging.metrics.accept import Call, accepted, same
+from postil.judging.metrics.options import Given, NoOptions, chosen
+from postil.judging.metrics.rows import share, wanted_calls
+from postil.judging.metrics.structure import fits, schema_text
+
+
+def calls_in(answer: str) -> Sequence[Call] | None:
+    """The calls of an answer, or None where it opens one that cannot be read: a broken call is never right."""
+    content, calls = parse_tool_calls(answer)
+    return None if CALL_OPEN in content else calls
+
+
+def exact_calls(given: Given) -> Metric:
+    """The percentage of answers with exactly the wanted calls, in any order; no call where none is wanted.
+
+    Where the row has `accept` lists, a call may have any of the accepted values (see accept.py). Without them,
+    arguments must be equal as JSON (1 equals 1.0, and true is no number).
+    """
+    chosen(NoOptions, given)
+
+    def right(answer: str, row: Row) -> bool:
+        calls = calls_in(answer)
+        if calls is None:
+            return False
+        accept = row.get("accept")
+        if isinstance(accept, Sequence) and any(isinstance(one, Mapping) for one in accept):
+            tools = _tools(row)
+            return _matched(calls, accept, lambda call, wish: accepted(call, wish, tools.get(call["name"])))
+        return _matched(calls, wanted_calls(row), same)
+
+    return share("exact_calls", right)
+
+
+def call_names(given: Given) -> Metric:
+    """The percentage of answers that call exactly the wanted tools, in any order, whatever the arguments."""
+    chosen(NoOptions, given)
+
+    def right(answer: str, row: Row) -> bool:
+        calls = calls_in(answer)
+        return calls is not None and _names(calls) == _names(wanted_calls(row))
+
+    return share("call_names", right)
+
+
+def valid_calls(given: Given) -> Metric:
+    """The percentage of answers whose calls, one at least, all name an offered tool and keep to its JSON schema.
+
+    Only rows that want a call are counted.
+    """
+    chosen(NoOptions, given)
+
+    def right(answer: str, row: Row) -> bool | None:
+        if not wanted_calls(row):
+            return None
+        tools = _tools(row)
+        if not tools:
+            raise JudgeError("valid_calls needs the row's `tools` with their JSON schemas")
+        calls = calls_in(answer)
+        return bool(calls) and all(
+            call["name"] in tools and fits(schema_text(tools[call["name"]]), call["arguments"])
+            for call in calls or []
+        )
+
+    return share("valid_calls", right)
+
+
+def refusals(given: Given) -> Metric:
+    """The percentage of rows that no tool fits whose answer makes no call, and tries none."""
+    chosen(NoOptions, given)
+    return share("refusals", lambda answer, row: None if wanted_calls(row) else calls_in(answer) == [])
+
+
+def _matched(calls: Sequence[Call], wishes: Sequence[Any], fit: Callable[[Call, Any], bool]) -> bool:
+    """Whether each wish, in turn, takes one call that fits and is left, and none is left over."""
+    if len(calls) != len(wishes):
+        return False
+    left = list(calls)
+    for wish in wishes:
+        found = next((i for i, call in enumerate(left) if fit(call, wish)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _names(calls: Sequence[Call]) -> Counter[str]:
+    return Counter(call["name"] for call in calls)
+
+
+def _tools(row: Row) -> dict[str, Mapping[str, Any]]:
+    """The JSON schema of the arguments of each offered tool, by name."""
+    try:
+        tools = check_tools(row.get("tools")) or []
+    except DataError as problem:
+        raise JudgeError(str(problem)) from None
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    for name, schema in schemas.items():
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("properties", {}), Mapping):
+            raise JudgeError(f"the `parameters` of the tool {name!r} must be a JSON schema with `properties`")
+    return schemas

@@ -1,0 +1,175 @@
+"""Likelihoods over packs: nats of rows and of windows of text, of options, and the token KL between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from postil.adapter import AdaptedModel
+from postil.adapter.divergence import base_head, kl_to_base
+from postil.data import Sample, pack
+from postil.data.encode import Draft, Tally, encode, leading_ids
+from postil.kernels.layout import Layout, Spans
+from postil.kernels.loss import kl_divergence
+
+PACK_TOKENS = 2048
+
+Losses = list[tuple[float, int]]  # per sample (sum of nats over its target tokens, number of target tokens)
+Adapters = str | Mapping[str, float] | None  # a resident's name, weights by name, or the bare base
+Done = Callable[[int], None]  # told how many more samples are done
+
+
+def weights_of(adapter: Adapters) -> dict[str, float]:
+    """Residents and their weights: a name counts once, None is the bare base."""
+    if adapter is None:
+        return {}
+    return {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+
+
+@torch.no_grad()
+def row_losses(
+    model: AdaptedModel, samples: Sequence[Sample], adapter: Adapters, done: Done = lambda _: None
+) -> Losses:
+    """Per sample (sum of nats over its target tokens, number of target tokens), in the samples' order.
+
+    adapter: a resident's name, weights by name (0.5 halves its term), or None for the bare base. A sample's
+    nats do not depend on the others. Raises AdapterError for an unknown name.
+    """
+    weights, device, out = weights_of(adapter), model.base.device, Losses()
+    for group in _budgeted(samples):
+        packed = pack(group)
+        spans = model.spans_for(weights, len(packed.ids))
+        ids, positions = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
+        with model.using(Layout.packed(packed.lengths, spans)):
+            _, nll, targets = model.loss(
+                ids.to(device), positions.to(device), torch.from_numpy(packed.weights).to(device)
+            )
+        out += _per_sample(nll, targets.cpu().numpy(), packed.lengths)
+        done(len(group))
+    return out
+
+
+@torch.no_grad()
+def kl_rows(
+    model: AdaptedModel,
+    samples: Sequence[Sample],
+    adapter: Adapters,
+    base: AdaptedModel | None = None,
+    done: Done = lambda _: None,
+) -> Losses:
+    """Per sample (sum over its target tokens of KL(base ‖ adapter) in nats, number of target tokens).
+
+    KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)) of the two distributions of the next token, p the bare base's.
+    base: another model of the same vocabulary to stand for p; None is `model` without adapters.
+    """
+    weights, device, out = weights_of(adapter), model.base.device, Losses()
+    for group in _budgeted(samples):
+        packed = pack(group)
+        targets = np.flatnonzero(packed.weights)
+        rows = torch.from_numpy(targets - 1).to(device)  # the state before a token predicts it
+        ids, positions = torch.from_numpy(packed.ids).to(device), torch.from_numpy(packed.positions).to(device)
+        layout = Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)))
+        with model.using(layout):
+            if base is None:
+                _, divergence = kl_to_base(model, ids, positions, rows)
+            else:
+                divergence = _between(base, model, ids, positions, rows)
+        out += _per_sample(divergence, targets, packed.lengths)
+        done(len(group))
+    return out
+
+
+def _between(
+    base: AdaptedModel, model: AdaptedModel, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """KL per row between two models in the Layout that the second one has in force."""
+    assert model.layout is not None
+    with base.using(replace(model.layout, spans=Spans())):
+        p, q = (one.hidden(ids, positions).index_select(0, rows) for one in (base, model))
+        _, divergence = kl_divergence(p, q, base_head(base), model.head_on(rows))
+    return divergence
+
+
+def _per_sample(values: torch.Tensor, targets: NDArray[np.int64], lengths: Sequence[int]) -> Losses:
+    owner = np.repeat(np.arange(len(lengths)), lengths)[targets]
+    sums = np.bincount(owner, values.double().cpu().numpy(), minlength=len(lengths))
+    counts = np.bincount(owner, minlength=len(lengths))
+    return [(float(total), int(count)) for total, count in zip(sums, counts, strict=True)]
+
+
+def _budgeted(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        if group and tokens + len(sample.ids) > PACK_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(sample)
+        tokens += len(sample.ids)
+    if group:
+        yield group
+
+
+def mean_nats(losses: Sequence[tuple[float, int]]) -> float:
+    """Nats per target token over all samples."""
+    return sum(total for total, _ in losses) / max(sum(count for _, count in losses), 1)
+
+
+def windows(tokenizer: Any, texts: Sequence[str], tokens: int | None, window: int) -> list[Sample]:
+    """Running text as windows of `window` tokens, the first `tokens` of it (None: all), the last one shorter.
+
+    The texts are joined by a blank line and tokenised once. Each window sees itself alone: it begins with the
+    tokenizer's leading tokens (BOS) where it has some, else its first token is context and has no loss.
+    """
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    head = leading_ids(tokenizer)
+    out: list[Sample] = []
+    for start in range(0, len(ids), window - len(head)):
+        part = np.array([*head, *ids[start : start + window - len(head)]], dtype=np.int32)
+        if len(part) > max(len(head), 1):
+            weights = np.ones(len(part), dtype=np.float32)
+            weights[: max(len(head), 1)] = 0
+            out.append(Sample(part, weights, len(out) + 1))
+    return out
+
+
+def option_samples(
+    options: Sequence[Sequence[tuple[str, str]]], tokenizer: Any, limit: int | None
+) -> tuple[list[list[Sample]], list[int]]:
+    """Per question its options, each a (context, continuation), as samples with loss on the continuation alone.
+
+    The two are tokenised as one text; a token that begins in the context is no target. limit: the most tokens
+    of one. The second result names the questions (from 0) left out because one of their options is too long or
+    has no token to score.
+    """
+    drafts = [
+        Draft(number, context + text, ((len(context), len(context) + len(text), 1.0),), close=False)
+        for number, (context, text) in enumerate((option for question in options for option in question), 1)
+    ]
+    found = {sample.row: sample for sample in encode(drafts, tokenizer, limit=limit, too_long="drop", tally=Tally())}
+    kept, left_out, first = [], [], 1
+    for number, question in enumerate(options):
+        samples = [found[row] for row in range(first, first + len(question)) if row in found]
+        first += len(question)
+        if len(samples) == len(question):
+            kept.append(samples)
+        else:
+            left_out.append(number)
+    return kept, left_out
+
+
+def option_losses(
+    model: AdaptedModel,
+    questions: Sequence[Sequence[Sample]],
+    adapter: Adapters,
+    done: Done = lambda _: None,
+) -> list[Losses]:
+    """Per question, per option (nats of its continuation, tokens): the likelier option has fewer nats."""
+    flat = row_losses(model, [sample for question in questions for sample in question], adapter, done)
+    found = iter(flat)
+    return [[next(found) for _ in question] for question in questions]

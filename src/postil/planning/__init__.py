@@ -1,0 +1,1 @@
+"""Planning: memory and storage arithmetic, before anything is run."""

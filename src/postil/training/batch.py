@@ -1,0 +1,25 @@
+"""A pack on the model's device, and the spans of the adapter in training over its rows."""
+
+from __future__ import annotations
+
+import torch
+
+from postil.adapter.bank import Resident
+from postil.adapter.model import AdaptedModel
+from postil.data import Pack
+from postil.kernels.layout import Span, Spans
+
+
+def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, positions, loss weights) of a pack as tensors on the model's device."""
+    device = model.base.device
+    return (
+        torch.from_numpy(pack.ids).to(device),
+        torch.from_numpy(pack.positions).to(device),
+        torch.from_numpy(pack.weights).to(device),
+    )
+
+
+def spans_of(resident: Resident | None, tokens: int, seed: int = 0) -> Spans:
+    """One span of the adapter over a whole pack (none where every weight is trained); seed: of its dropout."""
+    return Spans((Span(0, tokens, resident.slot, 1.0, seed),)) if resident is not None else Spans()

@@ -1,0 +1,183 @@
+"""postil judge: the table and its sentence, what it writes, the gate's exit code, and each wrong input."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import xml.etree.ElementTree as xml
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postil.judging.card import ScoreCard
+from postil.judging.card_file import read_card
+
+
+@pytest.fixture
+def here(tmp_path: Path, adapter: Path) -> Path:
+    """The trained adapter, its test rows, and general text, in a place of their own."""
+    shutil.copytree(adapter, tmp_path / "note")
+    rows = [{"prompt": f"Say {n}", "completion": "yes " * (n % 3 + 1), "rest": str(n % 2)} for n in range(20, 44)]
+    text = [{"text": f"Line {n} of some text, {n * n} times over, that nobody has learned."} for n in range(12)]
+    for name, lines in (("test", rows), ("text", text), ("pairs", [{"good": "a b c d", "bad": "d c b a"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+@pytest.fixture
+def judge(postil: Any, base: Path, here: Path) -> Callable[..., Any]:
+    """judge("--gate", ...): the command's Result on `here`."""
+
+    def run(*words: object) -> Any:
+        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--set", "general.window=64",
+                "--set", "max_new_tokens=4")  # fmt: skip
+        return postil("judge", here / "note", "--base", base, *sets, *words)
+
+    return run
+
+
+def test_a_table_and_one_sentence(judge: Any, here: Path) -> None:
+    result = judge("--metrics", "exact_match,chrf", "--slices", "rest")
+    assert result.code == 0, result
+    lines = result.out.splitlines()
+    for measure in ("target.exact_match", "target.chrf", "target.nats", "general.nats", "general.kl",
+                    "target.rest=0", "target.rest=1"):  # fmt: skip
+        (line,) = [line for line in lines if line.split()[0] == measure]
+        assert any(verdict in line for verdict in ("better", "no evidence", "worse"))
+    assert lines[0].split() == ["measure", "base", "adapter", "difference", "verdict", "visible", "from"]
+    assert f"target: {here / 'test.jsonl'}, 24 rows" in result.out
+    assert lines[-1].endswith(".")
+    assert "on the target: exact_match" in lines[-1]
+    assert "in general: general.nats" in lines[-1]
+    card = read_card(here / "note")
+    assert card is not None
+    assert card.target is not None
+    assert list(card.target.measures) == ["exact_match", "chrf", "nats"]
+
+
+def test_the_cards_own_command_makes_it_again(judge: Any, postil: Any, here: Path) -> None:
+    done = judge("--metrics", "exact_match", "--null", 2, "--curve", "--shots", 1, "--train", here / "test.jsonl",
+                 "--pairs", here / "pairs.jsonl")  # fmt: skip
+    assert done.code == 2
+    assert "has 0 rows that the target does not ask itself" in done.err
+    done = judge("--metrics", "exact_match", "--null", 2, "--curve", "--pairs", here / "pairs.jsonl")
+    assert done.code == 0, done
+    card = read_card(here / "note")
+    assert card is not None
+    assert (card.null_adapters, len(card.curve)) == (2, 6)
+    assert "z: in units of the spread of 2 random adapters" in done.out
+    assert "scale 1.25: target nats" in done.out
+    words = shlex.split(card.command)
+    assert words[0] == "postil"
+    again = postil(*words[1:])
+    assert again.code == 0, again
+    assert read_card(here / "note") == card
+    assert again.out == done.out
+
+
+def test_few_shot_leakage_and_predictions(judge: Any, here: Path, rows: Path) -> None:
+    out = here / "answers.jsonl"
+    result = judge("--shots", 1, "--train", rows, "--leakage", rows, "--predictions", out, "--metrics", "exact_match",
+                   "--set", "leakage.prefix_tokens=0", "--set", "leakage.matched_tokens=4")  # fmt: skip
+    assert result.code == 0, result
+    assert result.out.split()[:3] == ["measure", "base", "few-shot"]
+    assert "few-shot: the base with 1 examples" in result.out
+    assert "leakage (4 tokens word for word, 20 training rows): adapter" in result.out
+    sides = [json.loads(line)["side"] for line in out.read_text().splitlines()]
+    assert sides[:3] == ["base", "adapter", "few-shot"]
+
+
+def test_the_gate_lets_through_or_refuses_with_3(judge: Any, here: Path) -> None:
+    out, report = here / "out.json", here / "gate.xml"
+    passed = judge("--gate", "general.nats < base + 100", "--json", out, "--junit", report)
+    assert (passed.code, passed.out.splitlines()[-1][:7]) == (0, "passed:"), passed
+    told = json.loads(out.read_text())
+    assert told["gate"]["passed"] is True
+    assert ScoreCard.parse(told["score_card"]) == read_card(here / "note")
+    assert xml.parse(report).getroot().get("failures") == "0"
+    refused = judge("--gate", "general.nats < base - 100", "--json", out, "--junit", report)
+    assert refused.code == 3
+    assert refused.err.startswith("postil: refused: general.nats")
+    assert "target.nats" in refused.out  # the table is shown all the same
+    assert json.loads(out.read_text())["gate"]["passed"] is False
+    assert xml.parse(report).getroot().get("failures") == "1"
+
+
+def test_without_general_text_the_gate_refuses(judge: Any, postil: Any, base: Path, here: Path) -> None:
+    result = postil("judge", here / "note", "--base", base, "--target", here / "test.jsonl", "--general", "none",
+                    "--gate", "target.nats < 100", "--set", "max_new_tokens=4")  # fmt: skip
+    assert result.code == 3
+    assert "no general data" in result.err
+
+
+def test_the_version_in_service_is_compared_with(judge: Any, here: Path) -> None:
+    shutil.copytree(here / "note", here / "live")
+    words = ("--gate", "target.nats <= live", "--live", here / "live")
+    unjudged = judge(*words)
+    assert unjudged.code == 2
+    assert "live holds no score card to compare with; judge it first" in unjudged.err
+    assert judge().code == 0
+    shutil.copy(here / "note/postil.json", here / "live/postil.json")
+    assert judge(*words).code == 0
+
+
+def test_the_card_can_be_left_out(judge: Any, here: Path) -> None:
+    assert judge("--no-keep").code == 0
+    assert read_card(here / "note") is None
+
+
+def test_a_fine_tuned_model_beside_its_base(postil: Any, base: Path, here: Path) -> None:
+    shutil.copytree(base, here / "model")
+    result = postil("judge", here / "model", "--base", base, "--target", here / "test.jsonl",
+                    "--metrics", "exact_match", "--set", "max_new_tokens=4")  # fmt: skip
+    assert result.code == 0, result
+    assert "No evidence on the target: exact_match" in result.out
+    assert json.loads((here / "model/postil.json").read_text())["card"]["score_card"]["format"] == 1
+
+
+def test_on_a_4_bit_base(judge: Any, here: Path) -> None:
+    result = judge("--quant", "nf4", "--metrics", "exact_match", "--set", "rows.format=prompt")
+    assert result.code == 0, result
+    card = read_card(here / "note")
+    assert card is not None
+    assert card.base["form"] == "nf4"
+    assert "--quant nf4" in card.command
+    assert """--set 'rows.format="prompt"'""" in card.command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--metrics", "exact_mach"), "unknown metric 'exact_mach' (did you mean 'exact_match'?)"),
+        (("--gate", "target.blue >"), "gate expression, column 14"),
+        (("--junit", "out.xml"), "--junit is about the gate; give --gate too, for example --gate default"),
+        (("--set", "genral.window=3"), "judge: unknown key 'genral' (did you mean 'general'?)"),
+        (("--set", "general.window=3"), "judge: general: window: Input should be greater than or equal to 8"),
+        (("--set", "seed"), "--set seed: write key=value"),
+        (("--slices", "rset"), "slices: no row has a column 'rset' (did you mean 'rest'?)"),
+        (("--null", 1), "judge: null: one random adapter has no spread to compare with"),
+        (("--quant", "nf5"), "'nf5' is no 4-bit form of a base (did you mean 'nf4'?)"),
+        (("--choices", "nothing.jsonl"), "nothing.jsonl does not exist"),
+        (("--shots", 2), "few-shot examples need a target and a training file to draw them from: give --train FILE"),
+    ],
+)
+def test_a_slip_is_one_sentence(refusal: Any, base: Path, here: Path, words: tuple[object, ...], said: str) -> None:
+    given = (
+        "judge",
+        here / "note",
+        "--base",
+        base,
+        "--target",
+        here / "test.jsonl",
+        "--general",
+        here / "text.jsonl",
+    )
+    assert said in refusal(*given, *words)
+    assert read_card(here / "note") is None
+
+
+def test_an_adapter_that_is_not_there(refusal: Any, base: Path, here: Path) -> None:
+    assert "nowhere does not exist" in refusal("judge", here / "nowhere", "--base", base)
