@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from postil.demo.teams import SIGN_OFF, TEAMS, TRAIN_ROWS, Team, bleu, exact_calls, house_tone
+from postil.demo.teams import ROWS, SIGN_OFF, TEAMS, Team, bleu, exact_calls, house_tone
 
 BY_NAME = {team.name: team for team in TEAMS}
 
@@ -99,8 +99,8 @@ def test_the_references_score_full_marks(team: Team) -> None:
 
 @pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
 def test_how_many_rows_there_are(team: Team) -> None:
-    assert len(team.rows("train")) == TRAIN_ROWS >= 300
-    assert TRAIN_ROWS % 8 == 0
+    assert len(team.rows("train")) == ROWS["train"] >= 300
+    assert ROWS["train"] % 8 == 0
     assert len(team.rows("test")) >= 40
 
 

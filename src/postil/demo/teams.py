@@ -16,7 +16,7 @@ from postil.engine import Request
 Rows = list[dict[str, Any]]
 Score = Callable[[Sequence[str], Rows], float]
 
-TRAIN_ROWS = 304  # whole batches of 8, and at least 300
+ROWS = {"train": 304, "test": 40}  # whole batches of 8, and at least 300
 BANNED = ("!", "sorry", "please", "unfortunately", "thank you")
 SIGN_OFF = "Fair winds, the Heron desk."
 
@@ -33,9 +33,9 @@ class Team:
     max_new_tokens: int
 
     def rows(self, split: str) -> Rows:
-        """The first TRAIN_ROWS rows of `train`, or all of `test`."""
+        """The first ROWS[split] rows of a split."""
         text = (files("postil.data") / "samples" / "demo" / self.name / f"{split}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()][: TRAIN_ROWS if split == "train" else None]
+        return [json.loads(line) for line in text.splitlines()][: ROWS[split]]
 
     def request(self, row: dict[str, Any], adapter: str | None) -> Request:
         """The test row's question, for the adapter or the bare base."""
@@ -89,7 +89,7 @@ def bleu(answers: Sequence[str], rows: Rows) -> float:
 
 
 TEAMS = (
-    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 2e-3, exact_calls, 64),
-    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 1e-3, house_tone, 64),
-    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 1e-3, bleu, 56),
+    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 2e-3, exact_calls, 56),
+    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 1e-3, house_tone, 56),
+    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 1e-3, bleu, 48),
 )
