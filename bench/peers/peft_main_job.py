@@ -16,7 +16,8 @@ import torch
 import yaml
 from transformers import get_linear_schedule_with_warmup
 
-from postil.adapter import attach, load_adapter
+from postil.adapter import attach
+from postil.adapter.peft_files import load_adapter
 from postil.base import load_base
 from postil.data import Sample, epoch_steps, load_data
 from postil.files import write_json
