@@ -109,6 +109,7 @@ def test_from_adapter_goes_on_from_its_values(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     postil: Any, train: Any, rows: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in a shell's background
     update, count = AdamW.update, [0]
 
     def pressed(self: AdamW) -> Any:
@@ -130,7 +131,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert "step 3: held-out" in again.err
     assert "step 2: held-out" not in again.err
     assert bytes_of(tmp_path / "out") == bytes_of(made / "run")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_finished_run_given_again_changes_nothing(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
