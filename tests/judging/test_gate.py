@@ -300,3 +300,12 @@ def test_junit_is_read_by_an_xml_reader() -> None:
 @pytest.mark.parametrize(("value", "text"), [(5, "5"), (0.05, "0.05"), (1e-7, "1e-07"), (-2.5, "-2.5")])
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_measure_that_counted_no_row_is_refused() -> None:
+    idle = comparison(0, 0, metric="refusals", rows=0)
+    given = card()
+    assert given.target is not None
+    target = given.target.model_copy(update={"measures": given.target.measures | {"refusals": idle}})
+    result = check(given.model_copy(update={"target": target}), "target.refusals is not worse and general.nats < 9")
+    assert not result.passed

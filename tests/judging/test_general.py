@@ -202,3 +202,16 @@ def test_questions_left_out_are_said(base: Base) -> None:
 def test_a_prompt_without_a_place_for_the_context() -> None:
     with pytest.raises(JudgeError, match=r"general: prompt: must hold \{context\} once"):
         GeneralOptions(prompt="Question:")
+
+
+def test_another_cut_of_the_same_text_is_other_data(base: Base) -> None:
+    text = [{"text": "once upon a time there was a book with wide margins and many notes " * 8}]
+
+    def digest(**settings: Any) -> str:
+        options = GeneralOptions(**{"window": 16, "tokens": 64} | settings)
+        found = read_general(text, None, None, base, options, 0).text
+        assert found is not None
+        return found.sha256
+
+    assert digest() == digest()
+    assert len({digest(), digest(window=32), digest(tokens=48)}) == 3

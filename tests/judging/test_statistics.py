@@ -220,3 +220,16 @@ def test_looks_and_rows_must_fit() -> None:
         compare(POINTS, rows_of([1.0]), rows_of([1.0]), looks=0)
     with pytest.raises(JudgeError, match="points has 2 rows × 2 of the base and 1 × 2 of the adapter"):
         compare(POINTS, rows_of([1.0, 2.0]), rows_of([1.0]))
+
+
+def test_rows_that_a_measure_does_not_count_are_no_rows_of_its() -> None:
+    random = np.random.default_rng(0)
+    base, adapter = rows_of((random.random(20) < 0.4) * 100.0), rows_of((random.random(20) < 0.6) * 100.0)
+    idle = np.zeros((980, 2))
+    alone = compare(SHARE, base, adapter)
+    among = compare(SHARE, np.concatenate([idle, base]), np.concatenate([idle, adapter]))
+    assert among == alone
+    assert among.rows == 20
+    assert estimate(SHARE, np.concatenate([base, idle])) == estimate(SHARE, base)
+    nothing = compare(SHARE, idle, idle)
+    assert (nothing.rows, nothing.verdict) == (0, "no evidence")

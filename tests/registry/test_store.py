@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from postil.errors import RegistryError
 from postil.registry import Registry
-from postil.registry.log import Event
+from postil.registry.log import Event, stack
 from postil.registry.store import DirectoryStore
 
 Judged = Callable[..., Path]
@@ -201,3 +202,18 @@ def test_a_writer_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_events_know_their_keys() -> None:
     with pytest.raises(RegistryError, match=r"log of the registry: .*unknown key 'versoin' .did you mean 'version'"):
         Event.parse({"number": 1, "action": "publish", "alias": "live", "versoin": A})
+
+
+def test_a_log_restored_from_an_old_copy_still_knows_where_the_alias_is() -> None:
+    def event(number: int, action: Any, version: str) -> Event:
+        return Event(number=number, action=action, alias="live", version=version)
+
+    whole = [event(1, "publish", "a"), event(2, "publish", "b"), event(3, "rollback", "a")]
+    assert stack(whole, "live") == ["a"]
+    assert stack([whole[0], whole[2]], "live") == ["a"]
+    assert stack([whole[2]], "live") == ["a"]
+    assert stack([event(1, "publish", "a"), event(2, "promote", "b"), event(3, "promote", "a")], "live") == [
+        "a",
+        "b",
+        "a",
+    ]

@@ -22,10 +22,11 @@ from postil.errors import RunError
 from postil.kernels.layout import Layout
 from postil.training import TrainOptions, train
 from postil.training.batch import to_device
+from postil.training.checkpoint import Progress
 from postil.training.general import split_general
-from postil.training.guard import Gauge, Guarded
+from postil.training.guard import Gauge, Guarded, keep
 from postil.training.loop import Outcome, run, validate
-from postil.training.optimizer import FullWeights
+from postil.training.optimizer import AdapterWeights, FullWeights
 
 GUARD = 0.05
 HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1}
@@ -272,3 +273,13 @@ def test_other_general_text_is_another_run(tmp_path: Path, samples: list[Sample]
     train(fresh(), samples, general=tiny_documents(), out=tmp_path, steps=2)
     with pytest.raises(RunError, match="another recipe, base or data"):
         train(fresh(), samples, general=tiny_documents(seed=1), out=tmp_path, steps=2)
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best() -> None:
+    model = fresh()
+    weights, progress = AdapterWeights.of(model.resident("default")), Progress()
+    for step, loss in enumerate([float("nan"), 2.0, float("inf"), 3.0], 1):
+        progress.step = step
+        keep(progress, weights, TrainOptions(), loss, None)
+    assert (progress.best_step, progress.best_loss, progress.since_best) == (2, 2.0, 2)
+    assert progress.free_loss == 2.0

@@ -35,14 +35,17 @@ def publish(
 
     The gate holds the score card against an expression: "target.bleu > live - 1 and general.nats.high < base + 0.1",
     where live is the version in service, base and few_shot the bare base, and .low and .high the ends of the
-    interval. Left to itself it asks for "target is better and general.nats < base + 0.05", and that no slice is
-    worse. Equal bytes are one version, however often published; a refused one is kept where no name reaches it.
+    interval. Left to itself (or "default") it asks for "target is better and general.nats < base + 0.05", and that
+    no slice of the target is worse. Equal bytes are one version, however often published; a refused one is kept where
+    no name reaches it.
     Example: postil publish runs/support/adapter --as support --registry notes
     """
     from postil.judging.gate import DEFAULT, GateResult
 
     try:
-        version = _registry(registry).publish(adapter, name, gate=DEFAULT if gate is None else gate, alias=alias)
+        version = _registry(registry).publish(
+            adapter, name, gate=DEFAULT if gate in (None, "default") else gate, alias=alias
+        )
     except GateError as error:
         if isinstance(error.result, GateResult):
             _report(error.result, name, json, junit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,13 +83,23 @@ def read_general(
         pieces = windows(base.tokenizer, texts, options.tokens, window)
         if not pieces:
             raise DataError(f"{rows.name}: its text gives no window of two tokens; give more text.")
-        found = used(rows.name, rows.rows, sum(sample.target_tokens for sample in pieces))
+        found = _windows_used(rows.name, len(rows.rows), pieces)
     sets = {}
     if choices is not None:
         sets["choices"] = _read_choices(read_rows(choices), base, options, seed, notes)
     if pairs is not None:
         sets["pairs"] = _read_pairs(read_rows(pairs), base, options, seed, notes)
     return General(found, tuple(pieces), options.kl, sets, tuple(notes))
+
+
+def _windows_used(name: str, rows: int, pieces: Sequence[Sample]) -> DataUsed:
+    """What the card says of running text: the digest is over the windows' tokens, so another cut is other data."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece.ids).to_bytes(8, "big") + piece.ids.tobytes())
+    return DataUsed(
+        name=name, sha256=digest.hexdigest(), rows=rows, tokens=sum(piece.target_tokens for piece in pieces)
+    )
 
 
 def _read_choices(rows: Rows, base: Base, options: GeneralOptions, seed: int, notes: list[str]) -> OptionSet:

@@ -31,6 +31,7 @@ def estimate(
     is not finite, and a level or a number of resamples that cannot be.
     """
     stats = _checked(stats, resamples, level, looks=1)
+    (stats,) = _counted(stats)
     (drawn,) = _resampled(metric, (stats,), seed, resamples)
     return _estimate(metric, stats, drawn, level)
 
@@ -52,7 +53,9 @@ def compare(
     Comparison says so. The verdict is "better" or "worse" only where the difference's interval leaves out zero.
     Where fewer rows changed than a sign test needs (2 · 0.5^m ≤ 1 - level: six at 95%), the interval is made to hold
     zero, since the bootstrap is too sure there. `detectable` is the smallest difference that would have been shown
-    with 80% power: (z_{1-a/2} + z_{0.8}) · standard error. The same seed gives the same result. Raises JudgeError as
+    with 80% power: (z_{1-a/2} + z_{0.8}) · standard error. Rows that a measure does not count (zeros on both sides: a
+    row that wants a call, to the measure of refusals) are left out; `rows` is 0 where it counts none. The same seed
+    gives the same result. Raises JudgeError as
     `estimate`, and where the two were not measured on the same rows.
     """
     base, adapter = _checked(base, resamples, level, looks), _checked(adapter, resamples, level, looks)
@@ -62,6 +65,7 @@ def compare(
             f"base and adapter must be measured on the same rows; {metric.name} has {base.shape[0]} rows × "
             f"{base.shape[1]} of the base and {adapter.shape[0]} × {adapter.shape[1]} of the adapter"
         )
+    base, adapter = _counted(base, adapter)
     rows = len(base)
     drawn_base, drawn_adapter = _resampled(metric, (base, adapter), seed, resamples)
     before = _estimate(metric, base, drawn_base, level)
@@ -75,7 +79,7 @@ def compare(
         metric=metric.name,
         better=metric.better,
         unit=metric.unit,
-        rows=rows,
+        rows=rows if base.any() or adapter.any() else 0,
         base=before,
         adapter=after,
         difference=Estimate(value=gap, low=low, high=high),
@@ -172,6 +176,13 @@ def _checked(stats: Statistics, resamples: int, level: float, looks: int) -> Sta
             f"level must lie between 0 and 1, looks and resamples be 1 or more; found {level}, {looks}, {resamples}"
         )
     return stats
+
+
+def _counted(*systems: Statistics) -> tuple[Statistics, ...]:
+    """The rows that any of the systems counts; one empty row where there is none."""
+    used = np.logical_or.reduce([stats.any(axis=1) for stats in systems])
+    used[0] |= not used.any()
+    return tuple(stats[used] for stats in systems)
 
 
 def _resampled(metric: Metric, systems: tuple[Statistics, ...], seed: int, resamples: int) -> list[Values]:

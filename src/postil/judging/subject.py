@@ -96,7 +96,8 @@ def _source(judged: Judged, base: Base | PreTrainedModel | AdaptedModel) -> Adap
     path = Path(judged)
     if is_model_directory(path):
         inner = base.base if isinstance(base, AdaptedModel) else base
-        return load_base(path, dtype=str(inner.dtype).removeprefix("torch."), device=str(inner.device))
+        quant = "nf4" if isinstance(inner, Base) and inner.quantised else None  # the same form on both sides
+        return load_base(path, dtype=str(inner.dtype).removeprefix("torch."), device=str(inner.device), quant=quant)
     return path
 
 
@@ -109,7 +110,8 @@ def is_model_directory(path: Path) -> bool:
 def _resident(model: AdaptedModel, source: Adapter | str | Path, force: bool) -> Iterator[Subject]:
     if isinstance(source, str):
         adapter = model.export(source)
-        yield Subject(model, model, source, adapter_sha256(adapter), adapter)
+        note = f"{source!r} was judged as it is resident: its rows are read by default, and its files get no card"
+        yield Subject(model, model, source, adapter_sha256(adapter), adapter, notes=[note])
         return
     directory = source if isinstance(source, Path) else None
     adapter = load_adapter(source) if isinstance(source, Path) else source

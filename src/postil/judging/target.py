@@ -159,12 +159,11 @@ def _drafts(rows: Rows, tokenizer: Any, options: DataOptions) -> tuple[str, list
 
 
 def _key(example: Chat | Pair | Text) -> str:
-    """Equal for rows that ask the same."""
-    if isinstance(example, Pair):
-        return json.dumps([example.system, example.prompt])
-    if isinstance(example, Chat):
-        return json.dumps([example.messages[:-1], example.tools], sort_keys=True)
-    return ""
+    """Equal for rows that ask the same, whatever columns they ask it in."""
+    if isinstance(example, Text):
+        return ""
+    messages, tools = _conversation(example)
+    return json.dumps([messages[:-1], tools], sort_keys=True)
 
 
 def _grouped(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
@@ -233,10 +232,15 @@ def few_shot(target: Target, source: From, base: Base, shots: int, seed: int) ->
     """Every item's prompt after `shots` rows of a training file, drawn once by the seed; and notes.
 
     Rows that ask what the target asks are not drawn. Where a prompt does not fit the context, it has fewer
-    examples. Raises DataError for a bad line, JudgeError where there are too few rows.
+    examples. Raises DataError for a bad line, JudgeError where there are too few rows or they are of another kind.
     """
     rows = read_rows(source)
-    _, drafts = _drafts(rows, base.tokenizer, target.options)
+    fmt, drafts = _drafts(rows, base.tokenizer, target.options)
+    if "text" in (fmt, target.format) or (fmt == "raw") != (target.format == "raw"):
+        raise JudgeError(
+            f"{rows.name} holds rows of format {fmt}, which are no examples for a target of format {target.format}; "
+            "draw examples from rows like the target's"
+        )
     asked = {_key(item.example) for item in target.items}
     free = [draft for draft in drafts if draft.key not in asked]
     if len(free) < shots:

@@ -82,14 +82,18 @@ def append(file: Path, events: Iterable[Event]) -> None:
 
 
 def stack(events: Iterable[Event], alias: str) -> list[str]:
-    """The versions that `alias` went through and still has before it: a roll-back takes the last one off."""
+    """The versions that `alias` went through and still has before it: a roll-back goes back to an earlier one.
+
+    The last is what it points at, also where the log was restored from a copy that lacks events.
+    """
     found: list[str] = []
     for event in events:
         if event.alias != alias or event.action == "refuse":
             continue
         if event.action == "rollback":
-            found.pop()
-        else:
+            while found and found[-1] != event.version:
+                found.pop()
+        if not found or found[-1] != event.version:
             found.append(event.version)
     return found
 

@@ -97,7 +97,10 @@ class DirectoryStore:
     def names(self) -> list[str]:
         """The published names, sorted."""
         place = self.root / "aliases"
-        return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+        try:
+            return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+        except OSError as problem:
+            raise RegistryError(f"{place} cannot be read ({problem.strerror})") from None
 
     def aliases(self, name: str) -> dict[str, str]:
         """Alias → version of a name; empty where the name is not known."""
@@ -190,7 +193,11 @@ class DirectoryStore:
 
     def check_own(self) -> None:
         """As check, but what does not exist yet, or holds nothing, may become a registry."""
-        if self.root.is_dir() and all(path.name[0] == "." for path in self.root.iterdir()):
+        try:
+            fresh = self.root.is_dir() and all(path.name[0] == "." for path in self.root.iterdir())
+        except OSError as problem:
+            raise RegistryError(f"{self.root} cannot be read ({problem.strerror}); name another --registry") from None
+        if fresh:
             return  # empty, or a first writer is at it
         if self.root.exists():
             self.check()

@@ -35,8 +35,14 @@ class Manifest(Settings):
 
 
 def digests_of(directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file of an adapter directory that a version keeps, of those that are there."""
-    return {name: sha256_file(directory / name) for name in KEPT if (directory / name).is_file()}
+    """The SHA-256 of each file of an adapter directory that a version keeps, of those that are there.
+
+    Raises RegistryError for one that cannot be read.
+    """
+    try:
+        return {name: sha256_file(directory / name) for name in KEPT if (directory / name).is_file()}
+    except OSError as problem:
+        raise RegistryError(f"{problem.filename or directory} cannot be read ({problem.strerror})") from None
 
 
 def verified(directory: Path, digest: str) -> Manifest:

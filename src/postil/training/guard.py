@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -164,7 +165,11 @@ def keep(
     progress: Progress, weights: Trainable, options: TrainOptions, loss: float | None, rise: float | None
 ) -> None:
     """Take the state of now for the one to keep where it is the best held-out state (the newest, where nothing is
-    held out) of those whose general rise is at most options.guard; note the best of all beside it."""
+    held out) of those whose general rise is at most options.guard; note the best of all beside it. A held-out loss
+    that is not finite is never the best."""
+    if loss is not None and not math.isfinite(loss):
+        progress.since_best += 1
+        return
     if loss is not None and (progress.free_loss is None or loss < progress.free_loss):
         progress.free_step, progress.free_loss, progress.free_rise = progress.step, loss, rise
     passes = options.guard is None or (rise is not None and rise <= options.guard)
