@@ -198,23 +198,15 @@ def test_a_slip_names_its_line(base: Base, tmp_path: Path, lines: str, said: str
         read_target(path, base, DataOptions())
 
 
-@pytest.mark.parametrize("fmt", ["raw", "prompt"])
-def test_examples_of_another_kind(base: Base, fmt: Any) -> None:
-    target = read_target(PAIRS, base, DataOptions(format=fmt))
-    with pytest.raises(JudgeError, match=f"rows of format text, which are no examples for a target of format {fmt}"):
+def test_examples_of_another_kind(base: Base) -> None:
+    target = read_target(PAIRS, base, DataOptions())
+    with pytest.raises(JudgeError, match="rows of format text, which are no examples for a target of format prompt"):
         few_shot(target, [{"text": "once upon a time"}] * 4, base, 1, seed=0)
 
 
 def test_what_the_target_asks_is_not_drawn_from_chats_either(base: Base) -> None:
     target = read_target(PAIRS, base, DataOptions())
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-            ]
-        }
-        for row in PAIRS
-    ]
+    turns = (("user", "prompt"), ("assistant", "completion"))
+    chats = [{"messages": [{"role": role, "content": row[key]} for role, key in turns]} for row in PAIRS]
     with pytest.raises(JudgeError, match="has 0 rows that the target does not ask itself"):
         few_shot(target, chats, base, 1, seed=0)
