@@ -88,7 +88,7 @@ def answers_of(model: AdaptedModel, prompts: Sequence[str], adapter: str | None)
 
 def judged(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU over all 630 test inputs and over 200 spread evenly among them (the reference's setting)."""
-    spread = [round(i * len(answers) / 200) for i in range(200)]
+    spread = [i * len(answers) // 200 for i in range(200)]
     return {
         "bleu_630": bleu(answers, references),
         "bleu_200": bleu([answers[i] for i in spread], [references[i] for i in spread]),
@@ -140,7 +140,7 @@ def run(name: str, data: Path, out: Path) -> None:
         prompts, references = test_set(data)
         answers = answers_of(model, [prompt + "\n" for prompt in prompts], adapter)
         result |= judged(answers, references) | {"general": general(model, data, adapter)}
-        result["answers"] = answers[:5]
+        result["answers"] = answers
     write_json(HERE / f"{name}.json", result | {"machine": machine()})
     print(json.dumps({key: value for key, value in result.items() if key != "recipe"}, indent=1))
 

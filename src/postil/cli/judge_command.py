@@ -34,6 +34,9 @@ def judge(
     ] = "shipped",
     choices: Annotated[str | None, typer.Option(help='Rows {"context", "choices", "answer"}.')] = None,
     pairs: Annotated[str | None, typer.Option(help='Rows {"good", "bad"}: minimal pairs.')] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), a,b, or a task's YAML.")
+    ] = None,
     shots: Annotated[int, typer.Option(help="Examples from --train in the base's few-shot prompt.")] = 0,
     train: Annotated[str | None, typer.Option(help="The rows that examples are drawn from.")] = None,
     slices: Annotated[str | None, typer.Option(help="Columns to look at value by value, a,b.")] = None,
@@ -78,6 +81,8 @@ def judge(
         "metrics": _words(metrics), "slices": _words(slices), "shots": shots, "null": null,
         "curve": SCALES if curve else (),
     }  # fmt: skip
+    if lm_eval is not None:
+        flags["lm_eval"] = {"tasks": _words(lm_eval)}
     values = with_settings({key: value for key, value in flags.items() if value}, set_ or [])
     options = JudgeOptions.parse(values)
     expression = DEFAULT if gate == "default" else gate

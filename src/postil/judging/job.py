@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postil.adapter import AdaptedModel
 from postil.data import Sample
@@ -17,6 +17,9 @@ from postil.judging.probes import Probe
 from postil.judging.scoring import Adapters, row_losses
 from postil.judging.subject import Subject
 from postil.judging.target import Target
+
+if TYPE_CHECKING:
+    from postil.judging.harness import Tasks
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -35,6 +38,7 @@ class Job:
     few_ids: list[list[int]]
     watch: Watch
     notes: list[str]
+    tasks: Tasks | None = None  # of lm-eval
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -27,6 +28,9 @@ from postil.judging.probing import against_null, curve, leakage_of
 from postil.judging.rows import SHIPPED, From
 from postil.judging.subject import Judged, Subject, keep_card, opened
 from postil.judging.target import Target, check_answers, few_shot, read_target
+
+if TYPE_CHECKING:
+    from postil.judging.harness import Tasks
 
 VERSIONS = ("postil", "torch", "transformers", "sacrebleu")
 
@@ -61,7 +65,7 @@ def judge(
     sources = Sources(target, general, choices, pairs, train, leaks)
     if options.shots and (train is None or target is None):
         raise JudgeError("few-shot examples need a target and a training file to draw them from: give --train FILE")
-    if not sources.any_set():
+    if not (sources.any_set() or options.lm_eval.tasks):
         raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
     with opened(base, judged, force=force) as subject:
         job = _prepared(subject, options, sources, watch)
@@ -94,8 +98,38 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
     check_columns(options.slices, [target.values if target is not None else [], *looked_at])
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
     return Job(
-        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes]
+        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
+        _tasks(options),
     )  # fmt: skip
+
+
+def _tasks(options: JudgeOptions) -> Tasks | None:
+    """lm-eval's tasks, where any are asked for. Raises JudgeError where the extra is not installed."""
+    if not options.lm_eval.tasks:
+        return None
+    try:
+        from postil.judging.harness import open_tasks
+    except ModuleNotFoundError as problem:
+        if not (problem.name or "").startswith("lm_eval"):
+            raise
+        raise JudgeError(
+            "lm-eval's tasks need an extra that is not installed: pip install 'postil[lm-eval]'"
+        ) from None
+    return open_tasks(options.lm_eval, options.seed)
+
+
+def _of_tasks(job: Job) -> dict[str, Part]:
+    """A part for each of lm-eval's tasks."""
+    if job.tasks is None:
+        return {}
+    from postil.judging.harness import HarnessModel, harness_parts
+
+    subject, batch = job.subject, job.options.batch
+    base = HarnessModel(subject.base, None, batch, lambda total: job.counting("lm-eval of the base", total))
+    judged = HarnessModel(
+        subject.model, subject.name, batch, lambda total: job.counting("lm-eval of what is judged", total)
+    )
+    return harness_parts(job.tasks, base, judged, job.draw, job.notes)
 
 
 def _probes(
@@ -145,6 +179,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
                             measured.get("few-shot", {}))  # fmt: skip
     options = job.options
     parts = general_parts(job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice)
+    parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
     fingerprint = base.base.fingerprint()

@@ -54,6 +54,22 @@ class LeakageOptions(Settings):
     new_tokens: int = Field(default=64, ge=1)
 
 
+class HarnessOptions(Settings):
+    """Tasks of lm-eval (the `lm-eval` extra), each a general part of the card by its name.
+
+    tasks: names of tasks and groups, or a task's YAML file. shots: examples before a question (null: as the task
+    says, else 0). limit: at most this many documents of each, from the first. chat: prompts as conversations.
+    """
+
+    where: ClassVar[str] = "lm_eval"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    tasks: tuple[str, ...] = ()
+    shots: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    chat: bool = False
+
+
 class JudgeOptions(Settings):
     """Settings of `judge`; raises JudgeError naming the key for anything unknown or impossible.
 
@@ -87,6 +103,7 @@ class JudgeOptions(Settings):
     curve_answers: bool = False
     general: GeneralOptions = Field(default_factory=GeneralOptions)
     leakage: LeakageOptions = Field(default_factory=LeakageOptions)
+    lm_eval: HarnessOptions = Field(default_factory=HarnessOptions)
     batch: int = Field(default=32, ge=1)
     seed: int = Field(default=0, ge=0)
     resamples: int = Field(default=1000, ge=100)

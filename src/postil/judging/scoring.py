@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 from postil.adapter import AdaptedModel
 from postil.adapter.divergence import base_head, kl_to_base
@@ -18,6 +19,7 @@ from postil.kernels.layout import Layout, Spans
 from postil.kernels.loss import kl_divergence
 
 PACK_TOKENS = 2048
+_HEAD_ROWS = 512  # of logits at a time
 
 Losses = list[tuple[float, int]]  # per sample (sum of nats over its target tokens, number of target tokens)
 Adapters = str | Mapping[str, float] | None  # a resident's name, weights by name, or the bare base
@@ -50,6 +52,34 @@ def row_losses(
                 ids.to(device), positions.to(device), torch.from_numpy(packed.weights).to(device)
             )
         out += _per_sample(nll, targets.cpu().numpy(), packed.lengths)
+        done(len(group))
+    return out
+
+
+@torch.no_grad()
+def token_scores(
+    model: AdaptedModel, samples: Sequence[Sample], adapter: Adapters, done: Done = lambda _: None
+) -> list[tuple[float, bool]]:
+    """Per sample (sum of nats over its target tokens, whether each is the likeliest), in the samples' order."""
+    weights, out = weights_of(adapter), list[tuple[float, bool]]()
+    for group in _budgeted(samples):
+        packed = pack(group)
+        targets = np.flatnonzero(packed.weights)
+        rows = torch.from_numpy(targets - 1).to(model.base.device)  # the state before a token predicts it
+        ids = torch.from_numpy(packed.ids).to(model.base.device)
+        wanted = ids[rows + 1].long()
+        nats, hits = torch.zeros(len(targets)), torch.ones(len(targets), dtype=torch.bool)
+        with model.using(Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)))):
+            states = model.hidden(ids, torch.from_numpy(packed.positions).to(model.base.device))[rows]
+            head = model.head_on(rows)
+            for start in range(0, len(targets), _HEAD_ROWS):
+                end = min(start + _HEAD_ROWS, len(targets))
+                logits = head(states[start:end], start, end).float()
+                nats[start:end] = cross_entropy(logits, wanted[start:end], reduction="none")
+                hits[start:end] = logits.argmax(-1) == wanted[start:end]
+        missed = _per_sample((~hits).float(), targets, packed.lengths)
+        sums = _per_sample(nats, targets, packed.lengths)
+        out += [(total, wrong == 0) for (total, _), (wrong, _) in zip(sums, missed, strict=True)]
         done(len(group))
     return out
 

@@ -1,0 +1,122 @@
+"""The life of a note on the real base: refused, published, served, changed by a byte, rolled back, by the commands.
+
+Takes runs that bench/evidence.py has trained and judged: `over_1e-2`, over-trained on purpose, and two guarded ones.
+Every step is a `postil` command in a process of its own; an answer other than the expected one ends with an error.
+Writes bench/results/lifecycle.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from main_job import BASE, machine, test_set
+from postil.files import write_json, write_text
+
+HERE = Path(__file__).parent
+QUESTIONS = 8
+
+
+def postil(*words: str | Path) -> tuple[int, str, str]:
+    """A command's exit code, what it printed and what it said."""
+    done = subprocess.run([sys.executable, "-m", "postil", *map(str, words)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def expect(what: str, found: object, wanted: object) -> None:
+    """Stop where a step did not do what it must."""
+    if found != wanted:
+        raise SystemExit(f"{what}: {found!r} instead of {wanted!r}")
+
+
+def changed(path: Path) -> None:
+    """One bit of the file's middle byte turned over."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def main() -> None:
+    """Run all steps and write what each one said."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence/e2e_nlg"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--over", default="over_1e-2")
+    parser.add_argument("--first", default="guard_kl_0.5", help="the guarded run that is published first")
+    parser.add_argument("--second", default="guard_mix_0.25", help="the one that takes its place and is rolled back")
+    given = parser.parse_args()
+    over, first, second = (given.runs / name / "run/adapter" for name in (given.over, given.first, given.second))
+    with tempfile.TemporaryDirectory() as folder:
+        result = lived(Path(folder), over, first, second, test_set(given.data)[0][::80][:QUESTIONS])
+    write_json(HERE / "results/lifecycle.json", {"runs": vars(given) | {"runs": "", "data": ""}, **result,
+                                                 "machine": machine()})  # fmt: skip
+    print(json.dumps(result, indent=1))
+
+
+def lived(place: Path, over: Path, first: Path, second: Path, prompts: list[str]) -> dict[str, Any]:
+    """The steps in a registry at `place`; what each one said."""
+    registry = place / "notes"
+    requests = place / "requests.jsonl"
+    write_text(
+        requests, "".join(json.dumps({"prompt": p + "\n", "adapter": "note", "stop": ["\n"]}) + "\n" for p in prompts)
+    )
+
+    def answers(adapter: str | Path, where: Path = registry) -> list[str]:
+        code, out, said = postil(
+            "generate", "--base", BASE, "--requests", requests, "--adapter", f"note={adapter}", "--registry", where,
+            "--raw", "-n", "40",
+        )  # fmt: skip
+        if code:
+            raise SystemExit(f"generate with {adapter}: {said}")
+        return [json.loads(line)["text"] for line in out.splitlines()]
+
+    def publish(adapter: Path) -> tuple[int, str]:
+        code, out, said = postil(
+            "publish", adapter, "--as", "restaurants", "--registry", registry, "--json", place / "gate.json",
+            "--junit", place / "gate.xml",
+        )  # fmt: skip
+        return code, " ".join((said or out).split())
+
+    code, refusal = publish(over)
+    expect("publishing the over-trained run", code, 3)
+    verdict = json.loads((place / "gate.json").read_text(encoding="utf-8"))
+    junit = "<failure" in (place / "gate.xml").read_text(encoding="utf-8")
+    expect("the refusal's JUnit", junit, True)
+    served = []
+    for adapter in (first, second):
+        code, said = publish(adapter)
+        expect(f"publishing {adapter} ({said})", code, 0)
+        served.append(answers("restaurants@live"))
+    if served[0] == served[1]:
+        raise SystemExit("the two versions give equal answers, so a roll-back would show nothing")
+    code, _, said = postil("rollback", "restaurants", "--registry", registry)
+    expect(f"rollback ({said})", code, 0)
+    expect("answers after the roll-back", answers("restaurants@live"), served[0])
+    refused = {}
+    for file in ("adapter_model.safetensors", "postil.json"):
+        copy = place / f"changed_{file}"
+        shutil.copytree(registry, copy)
+        live = sorted((copy / "versions").iterdir())
+        for version in live:
+            changed(version / file)
+        code, _, said = postil(
+            "generate", prompts[0], "--base", BASE, "--adapter", "restaurants@live", "--registry", copy, "--raw"
+        )
+        expect(f"a changed byte in {file} ({said})", code, 2)
+        refused[file] = " ".join(said.replace(str(copy), "REGISTRY").split())
+    return {
+        "refusal": {"exit": 3, "said": refusal.replace(str(place), "PLACE"), "json": verdict, "junit": junit},
+        "answers": {"first": served[0][:3], "second": served[1][:3], "after roll-back": "equal to the first's"},
+        "changed byte": refused,
+    }
+
+
+if __name__ == "__main__":
+    main()
