@@ -2,8 +2,8 @@
 
 A recipe holds what differs from its set's common.yaml: `recipe` (what `postil train` runs), `judge` (how it is
 judged) and, where needed, files and row counts. `python bench/evidence.py SET/NAME …` trains and judges each that
-has no result yet (a stopped run resumes), `python bench/evidence.py SET` all of a set. The files are named within
-the folder of data given by --data. docs/evidence.md is made from the results by `make docs`.
+has no result yet (a stopped run resumes), `python bench/evidence.py SET` all of a set. `shrink: {of: NAME, rank: R}`
+cuts another run's adapter instead of training. The files are named within the folder of data given by --data. docs/evidence.md is made from the results by `make docs`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 
 from main_job import machine
+from postil.adapter.peft_files import load_adapter, save_adapter
+from postil.adapter.shrink import shrink
 from postil.base import load_base
 from postil.files import write_json, write_text
 from postil.judging.judge import judge
@@ -66,40 +69,53 @@ def laid(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def run(name: str, data: Path, out: Path) -> None:
-    """Train and judge one experiment; its result is NAME.json beside the recipe."""
-    plan = experiment(name)
-    place = out / name
-    training = laid(place / "train.jsonl", rows_of(data / plan["train"], plan.get("train_rows")))
-    target = laid(place / "test.jsonl", questions(rows_of(data / plan["test"], plan.get("test_rows"))))
+def trained(plan: dict[str, Any], place: Path, data: Path, training: str) -> dict[str, Any]:
+    """Train what the recipe says, resuming a stopped run; how many steps it took."""
     values = plan["recipe"] | {"data": training, "out": str(place / "run")}
     if "general" in values:
         values["general"] = str(data / values["general"])
     if "valid" in plan:
         values["valid"] = laid(place / "valid.jsonl", rows_of(data / plan["valid"], plan.get("valid_rows")))
-    recipe = Recipe.parse(values)
-    job = prepare(recipe)
+    outcome = prepare(Recipe.parse(values)).run(told, print)
+    return {"steps": outcome.steps, "best_step": outcome.best_step}
+
+
+def shrunk(plan: dict[str, Any], place: Path, out: Path, name: str) -> dict[str, Any]:
+    """Cut the ranks of another run of the set; how far its ΔW moved."""
+    other = out / Path(name).parent / plan["shrink"]["of"] / "run/adapter"
+    if not other.is_dir():
+        raise SystemExit(f"{name}: run {plan['shrink']['of']} first; {other} is not there")
+    found = shrink(load_adapter(other), rank=plan["shrink"]["rank"])
+    shutil.rmtree(place / "run", ignore_errors=True)
+    save_adapter(found.adapter, place / "run/adapter")
+    return {"update_moved": found.error}
+
+
+def run(name: str, data: Path, out: Path) -> None:
+    """Train (or shrink) and judge one experiment; its result is NAME.json beside the recipe."""
+    plan = experiment(name)
+    place = out / name
+    training = laid(place / "train.jsonl", rows_of(data / plan["train"], plan.get("train_rows")))
+    target = laid(place / "test.jsonl", questions(rows_of(data / plan["test"], plan.get("test_rows"))))
     began = time.perf_counter()
-    outcome = job.run(
-        lambda e: print(e["step"], e["total_steps"], round(e["loss"], 3), e["seconds"], flush=True), print
-    )
+    done = shrunk(plan, place, out, name) if "shrink" in plan else trained(plan, place, data, training)
     seconds = time.perf_counter() - began
-    del job
-    full = recipe.training.method == "full"
-    base = load_base(recipe.base, dtype=plan.get("judge_dtype", recipe.dtype), quant=recipe.quant)
+    recipe = Recipe.parse(plan["recipe"] | {"data": training, "out": str(place / "run")})
+    method = recipe.training.method
+    quant = "nf4" if method == "qlora" else recipe.quant  # a QLoRA adapter is judged on the base it was trained on
+    base = load_base(recipe.base, dtype=plan.get("judge_dtype", recipe.dtype), quant=quant)
     options = JudgeOptions.parse(plan["judge"])
     files = {key: str(data / plan[key]) if key in plan else None for key in ("general_text", "pairs", "choices")}
     began = time.perf_counter()
     card = judge(
-        base, place / "run" / ("model" if full else "adapter"), target=target, general=files["general_text"],
+        base, place / "run" / ("model" if method == "full" else "adapter"), target=target, general=files["general_text"],
         pairs=files["pairs"], choices=files["choices"], train=training if options.shots else None, options=options,
         predictions=place / "predictions.jsonl",
     )  # fmt: skip
     result = {
         "experiment": plan,
         "card": card.model_dump(mode="json", exclude={"command"}),
-        "steps": outcome.steps,
-        "best_step": outcome.best_step,
+        **done,
         "train_seconds": round(seconds, 1),
         "judge_seconds": round(time.perf_counter() - began, 1),
         "machine": machine(),
