@@ -3,7 +3,8 @@
 A recipe holds what differs from its set's common.yaml: `recipe` (what `postil train` runs), `judge` (how it is
 judged) and, where needed, files and row counts. `python bench/evidence.py SET/NAME …` trains and judges each that
 has no result yet (a stopped run resumes), `python bench/evidence.py SET` all of a set. `shrink: {of: NAME, rank: R}`
-cuts another run's adapter instead of training. The files are named within the folder of data given by --data. docs/evidence.md is made from the results by `make docs`.
+cuts another run's adapter instead of training. The files are named within the folder of data given by --data.
+docs/evidence.md is made from the results by `make docs`.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ def run(name: str, data: Path, out: Path) -> None:
     base = load_base(recipe.base, dtype=plan.get("judge_dtype", recipe.dtype), quant=quant)
     options = JudgeOptions.parse(plan["judge"])
     files = {key: str(data / plan[key]) if key in plan else None for key in ("general_text", "pairs", "choices")}
+    made = place / "run" / ("model" if method == "full" else "adapter")
     began = time.perf_counter()
     card = judge(
-        base, place / "run" / ("model" if method == "full" else "adapter"), target=target, general=files["general_text"],
+        base, made, target=target, general=files["general_text"],
         pairs=files["pairs"], choices=files["choices"], train=training if options.shots else None, options=options,
         predictions=place / "predictions.jsonl",
     )  # fmt: skip
