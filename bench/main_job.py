@@ -12,7 +12,6 @@ import gzip
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,12 +122,12 @@ def run(name: str, data: Path, out: Path) -> None:
     if options.method == "lora":
         attach(model, LoraConfig.parse(recipe.get("lora", {})), seed=options.seed)
         adapter = "default"
-    began = time.perf_counter()
     outcome = run_training(
         model, samples, [], out=out / name, name="default", options=options,
         watch=lambda e: print(e["step"], e["total_steps"], round(e["loss"], 3), e["seconds"], flush=True),
     )  # fmt: skip
-    seconds = time.perf_counter() - began
+    steps = [json.loads(line) for line in (out / name / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = sum(step.get("seconds", 0) for step in steps)  # of all steps, whatever process took them
     result: dict[str, Any] = {
         "recipe": recipe,
         "steps": outcome.steps,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from postil.adapter import AdaptedModel
 from postil.data import Sample
@@ -14,6 +16,7 @@ from postil.judging.metric import Metric
 from postil.judging.options import JudgeOptions
 from postil.judging.parts import NATS, Draw, Measured, stats_of
 from postil.judging.probes import Probe
+from postil.judging.remembered import Memory
 from postil.judging.scoring import Adapters, row_losses
 from postil.judging.subject import Subject
 from postil.judging.target import Target
@@ -38,6 +41,7 @@ class Job:
     few_ids: list[list[int]]
     watch: Watch
     notes: list[str]
+    memory: Memory
     tasks: Tasks | None = None  # of lm-eval
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
@@ -90,8 +94,40 @@ def _per_item(target: Target, losses: Sequence[tuple[float, int]]) -> list[tuple
     ]
 
 
+def base_likelihoods(job: Job) -> Likelihoods:
+    """Likelihoods of the bare base, asked once for all that is judged on it."""
+
+    def make() -> dict[str, Any]:
+        found = likelihoods(job, job.subject.base, None, "likelihoods of the base")
+        parts = {
+            part: {name: stats.tolist() for name, stats in measured.items()}
+            for part, measured in found.general.parts.items()
+        }
+        return {"losses": found.losses, "parts": parts, "options": found.general.options}
+
+    def asked() -> Iterator[bytes]:
+        sets = {name: found.samples for name, found in job.general.sets.items()}
+        yield repr((job.general.kl, {name: list(map(len, found)) for name, found in sets.items()})).encode()
+        yield repr([item.samples for item in job.target.items] if job.target is not None else None).encode()
+        flat = [sample for found in sets.values() for question in found for sample in question]
+        for sample in (*(job.target.samples if job.target is not None else ()), *job.general.windows, *flat):
+            yield sample.ids.tobytes() + sample.weights.tobytes()
+
+    kept = job.memory("likelihoods", asked(), make)
+    parts = {
+        part: {name: np.array(stats, dtype=np.float64).reshape(len(stats), -1) for name, stats in measured.items()}
+        for part, measured in kept["parts"].items()
+    }
+    options = {name: [_pairs(question) for question in found] for name, found in kept["options"].items()}
+    return Likelihoods(_pairs(kept["losses"]), Scored(parts, options))
+
+
+def _pairs(values: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
+    return [(float(total), int(count)) for total, count in values]
+
+
 def answer_all(job: Job) -> None:
-    """Every question asked of the adapter, the bare base, and the base with examples, in one engine run."""
+    """Every question asked of the adapter, the bare base, and the base with examples."""
     target, subject = job.target, job.subject
     if target is None or not target.answers:
         return
@@ -99,15 +135,20 @@ def answer_all(job: Job) -> None:
     zero = [target.request(None, item.ids, context) for item in target.items]
     mine = [target.request(subject.name, item.ids, context) for item in target.items]
     few = [target.request(None, ids, context) for ids in job.few_ids]
-    if subject.other is None:
-        found = run(job, subject.model, [*zero, *mine, *few], "answers")
-    else:
-        found = run(job, subject.base, [*zero, *few], "answers of the base")
-        found[len(zero) : len(zero)] = run(job, subject.model, mine, "answers of what is judged")
-    count = len(zero)
-    job.answers = {"base": found[:count], "adapter": found[count : 2 * count]}
+    job.answers = {"base": _of_base(job, zero, "answers of the base")}
+    job.answers["adapter"] = run(job, subject.model, mine, "answers of what is judged")
     if few:
-        job.answers["few-shot"] = found[2 * count :]
+        job.answers["few-shot"] = _of_base(job, few, "answers of the base with examples")
+
+
+def _of_base(job: Job, requests: Sequence[Request], phase: str) -> list[Answer]:
+    """The bare base's answers, asked once for all that is judged on it."""
+    asked = [repr((list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
+    kept = job.memory(
+        "answers", [repr(job.options.batch).encode(), *asked],
+        lambda: [asdict(one) for one in run(job, job.subject.base, requests, phase)],
+    )  # fmt: skip
+    return [Answer(**one | {key: tuple(one[key]) for key in ("ids", "margins")}) for one in kept]
 
 
 def run(job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str) -> list[Answer]:

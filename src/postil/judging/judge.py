@@ -16,7 +16,7 @@ from postil.errors import JudgeError
 from postil.judging.card import Part, ScoreCard
 from postil.judging.command import Sources, command_of
 from postil.judging.general import general_parts, read_general
-from postil.judging.job import Job, Watch, answer_all, answered, likelihoods
+from postil.judging.job import Job, Watch, answer_all, answered, base_likelihoods, likelihoods
 from postil.judging.metric import Metric
 from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.own import is_own
@@ -25,6 +25,7 @@ from postil.judging.parts import NATS, Measured, check_columns, part_of, slices_
 from postil.judging.predictions import lines_of, write_predictions
 from postil.judging.probes import Probe, check_probes, leakage_probes
 from postil.judging.probing import against_null, curve, leakage_of
+from postil.judging.remembered import Memory
 from postil.judging.rows import SHIPPED, From
 from postil.judging.subject import Judged, Subject, keep_card, opened
 from postil.judging.target import Target, check_answers, few_shot, read_target
@@ -99,7 +100,7 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
     return Job(
         subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
-        _tasks(options),
+        Memory(None if subject.base.merged else base, fresh=options.fresh), _tasks(options),
     )  # fmt: skip
 
 
@@ -169,7 +170,7 @@ def _metrics(target: Target, options: JudgeOptions, notes: list[str]) -> dict[st
 
 def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard:
     subject, base = job.subject, job.subject.base
-    bare = likelihoods(job, base, None, "likelihoods of the base")
+    bare = base_likelihoods(job)
     mine = likelihoods(job, subject.model, subject.weights, "likelihoods of what is judged", subject.other)
     answer_all(job)
     measured = {who: answered(job, answers) for who, answers in job.answers.items()}

@@ -82,7 +82,8 @@ class JudgeOptions(Settings):
     shots: examples in the base's few-shot prompt.
     null: random adapters of equal norm (0, or 2 and more); curve: scales of the adapter's term to measure.
         null_answers, curve_answers: generate answers there too, not only likelihoods (slow).
-    batch: rows that decode together. level: of the intervals.
+    batch: rows that decode together. fresh: ask the bare base anew, though what it said to an earlier judging of the
+        same questions is kept in the user's cache. level: of the intervals.
     """
 
     where: ClassVar[str] = "judge"
@@ -105,6 +106,7 @@ class JudgeOptions(Settings):
     leakage: LeakageOptions = Field(default_factory=LeakageOptions)
     lm_eval: HarnessOptions = Field(default_factory=HarnessOptions)
     batch: int = Field(default=32, ge=1)
+    fresh: bool = False
     seed: int = Field(default=0, ge=0)
     resamples: int = Field(default=1000, ge=100)
     level: float = Field(default=0.95, gt=0.5, lt=1)

@@ -1,0 +1,61 @@
+"""What a bare base said to a judging, kept in the user's cache, so that a second adapter is judged without it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postil.base import Base
+from postil.base.cache import cache_directory
+from postil.errors import StorageError
+from postil.files import write_text
+
+_VERSIONS = ("postil", "torch", "transformers")
+
+
+class Memory:
+    """The values of one base, by what was asked; None, or a base that was not read from files, keeps nothing.
+
+    A value is found again only where the base's bytes and form, the versions, the device, its instructions and the
+    number of threads are the same, so that it is what asking again would give. fresh: ask again, and keep that.
+    """
+
+    def __init__(self, base: Base | None, *, fresh: bool = False) -> None:
+        self._fresh = fresh
+        self._told = ""
+        if base is not None and base.as_stored and (base.directory is not None or base.file is not None):
+            fingerprint = base.fingerprint()
+            told = [fingerprint.source, fingerprint.form, *(f"{name} {version(name)}" for name in _VERSIONS)]
+            told += [str(base.device), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+            self._told = "\n".join(told)
+
+    def __call__(self, kind: str, asked: Iterable[bytes], make: Callable[[], Any]) -> Any:
+        """The JSON value kept for `asked`, or what `make` gives now. kind: what the value is, a word."""
+        if not self._told:
+            return make()
+        digest = hashlib.sha256(f"{kind}\n{self._told}\n".encode())
+        for one in asked:
+            digest.update(len(one).to_bytes(8, "little") + one)
+        path = cache_directory() / "judged" / f"{digest.hexdigest()}.json"
+        found = None if self._fresh else _read(path)
+        if found is not None:
+            return found
+        value = make()
+        with suppress(StorageError):  # what cannot be kept is asked again
+            write_text(path, json.dumps(value))
+        return value
+
+
+def _read(path: Path) -> Any:
+    """The value in a file; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,97 @@
+"""What the bare base said is kept: a second judging has the same card without it, and asks where anything differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postil.adapter import Adapter
+from postil.base import Base, load_base
+from postil.base.cache import cache_directory
+from postil.judging.judge import judge
+from postil.judging.options import JudgeOptions
+
+ROWS = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(6)]
+PAIRS = [{"good": "a b", "bad": "b a"}, {"good": "one two", "bad": "two"}]
+TEXT = [{"text": "some text of no great length, but long enough for windows " * 3}]
+TRAIN = [{"prompt": f"tell {n}", "completion": f"{n}."} for n in range(4)]
+
+
+@pytest.fixture
+def stored(make_base: Callable[..., Base], tmp_path: Path) -> Path:
+    made = make_base()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def judged(base: Base, note: Adapter, **changes: Any) -> tuple[dict[str, Any], set[str]]:
+    """The card and the phases that the base was asked in."""
+    phases = set()
+    given = {"target": ROWS, "pairs": PAIRS, "general": TEXT, "train": TRAIN} | changes
+    options = JudgeOptions.parse({"shots": 1, "general": {"window": 32}} | given.pop("options", {}))
+    card = judge(base, note, **given, options=options, watch=lambda e: phases.add(e["phase"]), force=True)
+    return card.model_dump(exclude={"command"}), {phase for phase in phases if "base" in phase}
+
+
+ALL = {"likelihoods of the base", "answers of the base", "answers of the base with examples"}
+
+
+def test_a_second_judging_asks_the_base_nothing_and_has_the_same_card(stored: Path, note: Adapter) -> None:
+    first, asked = judged(load_base(stored), note)
+    assert asked == ALL
+    second, asked = judged(load_base(stored), note)
+    assert asked == set()
+    assert second == first
+    again, asked = judged(load_base(stored), note, options={"fresh": True})
+    assert asked == ALL
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"target": ROWS[:5]}, ALL),
+        ({"target": [*ROWS[:5], {"prompt": "say 5", "completion": "6!"}]}, {"likelihoods of the base"}),
+        ({"pairs": PAIRS[::-1]}, {"likelihoods of the base"}),
+        ({"general": [{"text": TEXT[0]["text"].upper()}]}, {"likelihoods of the base"}),
+        ({"options": {"general": {"window": 16}}}, {"likelihoods of the base"}),
+        ({"options": {"max_new_tokens": 3}}, ALL - {"likelihoods of the base"}),
+        ({"options": {"stop": ["!"]}}, ALL - {"likelihoods of the base"}),
+        ({"train": TRAIN[2:]}, {"answers of the base with examples"}),
+    ],
+)
+def test_what_differs_is_asked(changes: dict[str, Any], asked: set[str], stored: Path, note: Adapter) -> None:
+    judged(load_base(stored), note)
+    assert judged(load_base(stored), note, **changes)[1] == asked
+
+
+def test_another_base_or_form_is_asked(
+    stored: Path, make_base: Callable[..., Base], note: Adapter, tmp_path: Path
+) -> None:
+    judged(load_base(stored), note)
+    assert judged(load_base(stored, dtype="bfloat16"), note)[1] == ALL
+    other = make_base(seed=8)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    assert judged(load_base(tmp_path / "other"), note)[1] == ALL
+
+
+def test_a_spoilt_file_is_asked_again(stored: Path, note: Adapter) -> None:
+    first, _ = judged(load_base(stored), note)
+    files = list((cache_directory() / "judged").iterdir())
+    assert len(files) == 3
+    for file in files:
+        file.write_bytes(file.read_bytes()[:20])
+    second, asked = judged(load_base(stored), note)
+    assert asked == ALL
+    assert second == first
+
+
+def test_a_base_in_memory_leaves_nothing(base: Base, note: Adapter) -> None:
+    base.as_stored = False
+    judged(base, note)
+    assert not (cache_directory() / "judged").exists()
