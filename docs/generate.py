@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md and docs/*.md: the commands' reference and the tree of files.
+"""Writes the generated parts of README.md and docs/*.md, and the pictures of what was measured.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end of generated -->`; NAME is a key of PARTS. `make docs`
 rewrites the parts, `make check` (with --check) fails where one is stale.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
+from damage import picture
 from tables import benches, evidence, main_job
 
 ROOT = Path(__file__).parents[1]
@@ -84,18 +85,27 @@ def refreshed(text: str) -> str:
     return PART.sub(lambda part: f"{part[1]}{part[2]}{PARTS[part[1]]()}", text)
 
 
-def main(arguments: list[str], pages: list[Path]) -> int:
-    """Rewrite the pages, or with --check say which are stale; the exit code."""
+def pictures() -> dict[Path, str]:
+    """Every picture that is made from results, by its file."""
+    found = {folder.name: picture(folder) for folder in sorted((ROOT / "recipes/evidence").iterdir())}
+    return {ROOT / f"docs/img/{name}.svg": text for name, text in found.items() if text}
+
+
+def main(arguments: list[str], pages: list[Path], made: dict[Path, str] | None = None) -> int:
+    """Rewrite the pages and what is made whole, or with --check say which are stale; the exit code."""
+    made = made or {}
     old = {page: page.read_text(encoding="utf-8") for page in pages}
-    stale = {page: text for page in pages if (text := refreshed(old[page])) != old[page]}
-    for page, text in stale.items():
+    wanted = {page: refreshed(text) for page, text in old.items()} | made
+    old |= {path: path.read_text(encoding="utf-8") if path.is_file() else "" for path in made}
+    stale = {path: text for path, text in wanted.items() if text != old[path]}
+    for path, text in stale.items():
         if "--check" in arguments:
-            print(f"{page.name} is stale; mend it with: make docs", file=sys.stderr)
+            print(f"{path.name} is stale; mend it with: make docs", file=sys.stderr)
         else:
-            page.write_text(text, encoding="utf-8")
-            print(f"{page.name} is new")
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.name} is new")
     return 1 if stale and "--check" in arguments else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]))
+    sys.exit(main(sys.argv[1:], [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], pictures()))

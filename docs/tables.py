@@ -88,16 +88,18 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
         found: Json | None = (inner or {}).get("measures", {}).get(name)
         return found
 
-    rows: list[list[object]] = [["bare base"]]
-    for part, name in columns:
-        one = measure(first, part, name)
-        digits = 3 if one and "nats" in one["unit"] else 1
-        few = next((r["card"]["target"]["few_shot"].get(name) for r in results.values()
-                    if part == "target" and r["card"]["target"]["few_shot"]), None)  # fmt: skip
-        rows[0].append(
-            f"{one['base']['value']:.{digits}f}" + (f"; few-shot {few['value']:.{digits}f}" if few else "")
-        )
-    rows[0] += ["", ""]
+    rows: list[list[object]] = []
+    for form in sorted({result["card"]["base"]["form"] for result in results.values()}):
+        cards = [result["card"] for result in results.values() if result["card"]["base"]["form"] == form]
+        row: list[object] = [f"bare base, {form}"]
+        for part, name in columns:
+            one = next((found for card in cards if (found := measure(card, part, name))), None)
+            few = next((found for card in cards if part == "target"
+                        and (found := card["target"]["few_shot"].get(name))), None)  # fmt: skip
+            digits = 3 if one and "nats" in one["unit"] else 1
+            cell = f"{one['base']['value']:.{digits}f}" if one else ""
+            row.append(cell + (f"; few-shot {few['value']:.{digits}f}" if few else ""))
+        rows.append([*row, "", ""])
     for name, result in results.items():
         cells = [measure(result["card"], *column) for column in columns]
         verdict = result["card"]["target"]["measures"][result["card"]["target"]["main"]]["verdict"]
@@ -105,7 +107,8 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
             [name, *(shown(cell) if cell else "" for cell in cells), verdict, f"{result['train_seconds']:.0f}"]
         )
     heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns), "target", "seconds"]
-    return f"### {folder.name}\n\n{' '.join(lead)}\n\n{markdown(heads, rows)}"
+    shown_in = f"![Gain against damage](img/{folder.name}.svg)"
+    return f"### {folder.name}\n\n{' '.join(lead)}\n\n{shown_in}\n\n{markdown(heads, rows)}"
 
 
 def benches() -> str:
