@@ -78,7 +78,15 @@ def trained(plan: dict[str, Any], place: Path, data: Path, training: str) -> dic
     if "valid" in plan:
         values["valid"] = laid(place / "valid.jsonl", rows_of(data / plan["valid"], plan.get("valid_rows")))
     outcome = prepare(Recipe.parse(values)).run(told, print)
-    return {"steps": outcome.steps, "best_step": outcome.best_step}
+    return {"steps": outcome.steps, "best_step": outcome.best_step, "costs": costs(place / "run/log.jsonl")}
+
+
+def costs(log: Path) -> dict[str, float]:
+    """Seconds of all steps, whatever process took them, and of them those of the KL; and those of the guard's looks."""
+    steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return {
+        key: round(sum(step.get(key) or 0 for step in steps), 1) for key in ("seconds", "kl_seconds", "watch_seconds")
+    }
 
 
 def shrunk(plan: dict[str, Any], place: Path, out: Path, name: str) -> dict[str, Any]:

@@ -72,6 +72,17 @@ def evidence() -> str:
     return "\n".join(parts) or "No run of a set has been made yet.\n"
 
 
+def cost(result: Json) -> str:
+    """Seconds of the steps, with the share that the KL took, and those of the guard's looks."""
+    found = result.get("costs")
+    if found is None:
+        return f"{result['train_seconds']:.0f}"
+    text = f"{found['seconds']:.0f}"
+    if found["kl_seconds"]:
+        text += f", KL {found['kl_seconds'] / found['seconds']:.0%} of them"
+    return text + (f", and {found['watch_seconds']:.0f} watching" if found["watch_seconds"] else "")
+
+
 def evidence_set(folder: Path, results: dict[str, Json]) -> str:
     """One set: what it is, the bare base, then every run; intervals are of the difference from the base."""
     lead = [
@@ -103,9 +114,7 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
     for name, result in results.items():
         cells = [measure(result["card"], *column) for column in columns]
         verdict = result["card"]["target"]["measures"][result["card"]["target"]["main"]]["verdict"]
-        rows.append(
-            [name, *(shown(cell) if cell else "" for cell in cells), verdict, f"{result['train_seconds']:.0f}"]
-        )
+        rows.append([name, *(shown(cell) if cell else "" for cell in cells), verdict, cost(result)])
     heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns), "target", "seconds"]
     shown_in = f"![Gain against damage](img/{folder.name}.svg)"
     return f"### {folder.name}\n\n{' '.join(lead)}\n\n{shown_in}\n\n{markdown(heads, rows)}"
