@@ -82,7 +82,7 @@ def trained(plan: dict[str, Any], place: Path, data: Path, training: str) -> dic
 
 
 def costs(log: Path) -> dict[str, float]:
-    """Seconds of all steps, whatever process took them, of them those of the KL; and those of the looks of the guard."""
+    """Seconds of all steps, whatever process took them, of them those of the KL; and those the guard watched."""
     steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return {
         key: round(sum(step.get(key) or 0 for step in steps), 1) for key in ("seconds", "kl_seconds", "watch_seconds")
