@@ -111,6 +111,14 @@ def test_a_refused_version_is_kept_and_not_reached(registry: Registry, judged: J
     assert (accepted.digest, registry.store.digests("refused")) == (refused, [])
 
 
+def test_a_name_of_refusals_alone_has_nothing_in_service(registry: Registry, judged: Judged) -> None:
+    with pytest.raises(GateError):
+        registry.publish(judged(1, nats=3.12), "support")
+    for ask in (registry.resolve, registry.rollback):
+        with pytest.raises(RegistryError, match="nothing is in service as support: the gate refused"):
+            ask("support")
+
+
 def test_what_was_not_judged_is_refused_with_the_command(registry: Registry, unjudged: Path) -> None:
     with pytest.raises(GateError, match=f"no score card.*postil judge {unjudged} --base a-base --target FILE"):
         registry.publish(unjudged, "support")

@@ -177,6 +177,11 @@ class Registry:
                 raise RegistryError(
                     f"{name}@{which} was not published ({event.sentence}); only a gate that lets it through does that"
                 )
+        if not published:
+            raise RegistryError(
+                f"nothing is in service as {name}: the gate refused what was published; publish an adapter that passes "
+                f"it: postil publish DIR --as {name}"
+            )
         raise RegistryError(
             f"{name}@{which} is neither an alias nor a version{nearest(which, aliases)}; "
             f"aliases: {listed(aliases)}; versions: {listed(digest[:SHORT] for digest in published)}"
