@@ -179,8 +179,8 @@ class Registry:
                 )
         if not published:
             raise RegistryError(
-                f"nothing is in service as {name}: the gate refused what was published; publish an adapter that passes "
-                f"it: postil publish DIR --as {name}"
+                f"nothing is in service as {name}: the gate refused what was published; publish an adapter that "
+                f"passes: postil publish DIR --as {name}"
             )
         raise RegistryError(
             f"{name}@{which} is neither an alias nor a version{nearest(which, aliases)}; "
