@@ -131,6 +131,13 @@ def benches() -> str:
         ["kill -9, resumed: bytes equal the unbroken run's", "`bench/kill.py`",
          f"{'all' if kill['equal'] else 'not all'} of {kill['kills']} kills"],
     ]  # fmt: skip
+    life = read(ROOT / "bench/results/lifecycle.json")
+    rows += [
+        ["the over-trained note at the default gate", "`bench/lifecycle.py`",
+         f"exit {life['refusal']['exit']}: {life['refusal']['json']['sentence']}"],
+        ["guarded notes published; a roll-back's answers", "`bench/lifecycle.py`", life["answers"]["after roll-back"]],
+        ["one bit of weights or card changed", "`bench/lifecycle.py`", f"{len(life['changed byte'])} of 2 refused"],
+    ]  # fmt: skip
     plan = ROOT / "bench/results/plan.json"
     if plan.is_file():
         for name, case in read(plan)["cases"].items():
