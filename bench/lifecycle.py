@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--over", default="over_1e-2")
     parser.add_argument("--first", default="guard_kl_0.5", help="the guarded run that is published first")
-    parser.add_argument("--second", default="guard_kl_0.5_to_4", help="the one that takes its place and is rolled back")
+    parser.add_argument("--second", default="guard_kl_0.5_to_4", help="takes its place and is rolled back")
     given = parser.parse_args()
     over, first, second = (given.runs / name / "run/adapter" for name in (given.over, given.first, given.second))
     with tempfile.TemporaryDirectory() as folder:
