@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api import metrics as theirs
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
@@ -20,11 +22,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
+from yaml import YAMLError
 
 from postil.adapter import AdaptedModel
 from postil.data import Sample
 from postil.engine import Engine, Request
-from postil.errors import JudgeError, listed, nearest
+from postil.errors import JudgeError, PostilError, listed, nearest
 from postil.judging.card import DataUsed, Part
 from postil.judging.metric import Metric, Statistics, mean_of
 from postil.judging.options import HarnessOptions
@@ -32,6 +35,10 @@ from postil.judging.parts import Draw, measured, part_of
 from postil.judging.scoring import Done, token_scores
 
 _YAML = (".yaml", ".yml")
+_FOREIGN = (  # what lm-eval, the libraries under it and a task's own code raise
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, DatasetsError, TemplateError, YAMLError,
+)  # fmt: skip
 _CONTEXT = 2048  # tokens, of a base that names no context
 
 
@@ -185,9 +192,9 @@ def _told(what: str, run: Callable[[], Any]) -> Any:
     """What a foreign library raises, as one sentence."""
     try:
         return run()
-    except JudgeError:
+    except PostilError:
         raise
-    except Exception as problem:  # lm-eval and the task's own code raise anything
+    except _FOREIGN as problem:
         lines = str(problem).strip().splitlines()
         raise JudgeError(
             f"lm-eval could not run {what}: {lines[0] if lines else type(problem).__name__} "
