@@ -80,6 +80,16 @@ def test_another_base_or_form_is_asked(
     assert judged(load_base(tmp_path / "other"), note)[1] == ALL
 
 
+def test_another_end_of_text_or_tokenizer_is_asked(stored: Path, note: Adapter) -> None:
+    judged(load_base(stored), note)
+    changed = load_base(stored)
+    changed.model.generation_config.eos_token_id = [257, 33]
+    assert judged(changed, note)[1] == ALL - {"likelihoods of the base"}
+    renamed = load_base(stored)
+    renamed.tokenizer.backend_tokenizer.add_tokens(["a word of its own"])
+    assert judged(renamed, note)[1] == ALL
+
+
 def test_a_spoilt_file_is_asked_again(stored: Path, note: Adapter) -> None:
     first, _ = judged(load_base(stored), note)
     files = list((cache_directory() / "judged").iterdir())

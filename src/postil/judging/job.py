@@ -11,6 +11,7 @@ import numpy as np
 from postil.adapter import AdaptedModel
 from postil.data import Sample
 from postil.engine import Answer, Engine, Request
+from postil.engine.engine import eos_ids
 from postil.judging.general import General, Scored, measure
 from postil.judging.metric import Metric
 from postil.judging.options import JudgeOptions
@@ -145,7 +146,7 @@ def _of_base(job: Job, requests: Sequence[Request], phase: str) -> list[Answer]:
     """The bare base's answers, asked once for all that is judged on it."""
     asked = [repr((list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
     kept = job.memory(
-        "answers", [repr(job.options.batch).encode(), *asked],
+        "answers", [repr((job.options.batch, sorted(eos_ids(job.subject.base)))).encode(), *asked],
         lambda: [asdict(one) for one in run(job, job.subject.base, requests, phase)],
     )  # fmt: skip
     return [Answer(**one | {key: tuple(one[key]) for key in ("ids", "margins")}) for one in kept]

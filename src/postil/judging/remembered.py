@@ -17,14 +17,16 @@ from postil.base.cache import cache_directory
 from postil.errors import StorageError
 from postil.files import write_text
 
+_FORMAT = "1"  # of the values kept
 _VERSIONS = ("postil", "torch", "transformers")
 
 
 class Memory:
     """The values of one base, by what was asked; None, or a base that was not read from files, keeps nothing.
 
-    A value is found again only where the base's bytes and form, the versions, the device, its instructions and the
-    number of threads are the same, so that it is what asking again would give. fresh: ask again, and keep that.
+    A value is found again only where the base's bytes, form and tokenizer, the versions, the device, its instructions
+    and the number of threads are the same, so that it is what asking again would give. fresh: ask again and keep
+    that.
     """
 
     def __init__(self, base: Base | None, *, fresh: bool = False) -> None:
@@ -32,7 +34,8 @@ class Memory:
         self._told = ""
         if base is not None and base.as_stored and (base.directory is not None or base.file is not None):
             fingerprint = base.fingerprint()
-            told = [fingerprint.source, fingerprint.form, *(f"{name} {version(name)}" for name in _VERSIONS)]
+            told = [_FORMAT, fingerprint.source, fingerprint.form, str(base.dtype), _tokenizer(base)]
+            told += [f"{name} {version(name)}" for name in _VERSIONS]
             told += [str(base.device), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
             self._told = "\n".join(told)
 
@@ -51,6 +54,13 @@ class Memory:
         with suppress(StorageError):  # what cannot be kept is asked again
             write_text(path, json.dumps(value))
         return value
+
+
+def _tokenizer(base: Base) -> str:
+    """A digest of how the base's text becomes tokens and back."""
+    inner = getattr(base.tokenizer, "backend_tokenizer", None)
+    told = inner.to_str() if inner is not None else repr(sorted(base.tokenizer.get_vocab().items()))
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _read(path: Path) -> Any:
