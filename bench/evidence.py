@@ -130,11 +130,19 @@ def run(name: str, data: Path, out: Path) -> None:
         "judge_seconds": round(time.perf_counter() - began, 1),
         "machine": machine(),
     }
-    write_json(HERE / f"{name}.json", result)
+    write_json(HERE / f"{name}.json", within(result, data, out))
     for path, measure in {"target": card.target, **card.general}.items():
         if measure is not None:
             for key, one in measure.measures.items():
                 print(name, path, key, f"{one.base.value:.4g} -> {one.adapter.value:.4g}", one.verdict)
+
+
+def within(result: dict[str, Any], *folders: Path) -> Any:
+    """The result with its files named within these folders, wherever they lie on this machine."""
+    text = json.dumps(result)
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+    return json.loads(text)
 
 
 def told(event: dict[str, Any]) -> None:
