@@ -38,6 +38,8 @@ def test_it_says_what_it_does_and_leaves_a_whole_run(postil: Any, train: Any, ro
         "format prompt: 20 samples,",
         "8 modules adapted (q_proj, k_proj, v_proj, o_proj): 6,144 of 35,232 base parameters (17.4%)",
         "lora: learning rate 0.001, cosine, warm-up 20, batch of 8 rows, 2 epoch(s); 19 rows learned, 1 held out",
+        "5 of the run's 6 steps are warm-up, while the rate still rises; train longer (--epochs), or shorten it: "
+        "--set training.warmup=0",
         "step 6: held-out loss",
         "6 steps, last loss",
     ):

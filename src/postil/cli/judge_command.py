@@ -192,7 +192,7 @@ def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> lis
         *([f"{shot.value:.{digits}f}" if shot is not None else ""] if few else []),
         f"{m.adapter.value:.{digits}f}",
         f"{m.difference.value:+.{digits}f} ({m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f})",
-        m.verdict,
+        m.verdict if m.metric != "kl" else "",  # a distance from the base is never better
         f"{m.detectable:.{digits}f} {m.unit}",
         *([f"{m.z:+.1f}" if m.z is not None else ""] if spread else []),
     ]

@@ -92,10 +92,16 @@ def _tell(job: Job) -> None:
             console.note(line)
     console.note(
         f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up {options.warmup}, batch of "
-        f"{options.batch_size} rows, {options.steps or f'{options.epochs} epoch(s)'}; "
+        f"{options.batch_size} rows, {f'{options.steps} steps' if options.steps else f'{options.epochs} epoch(s)'}; "
         f"{len(job.training)} rows learned, "
         f"{len(job.valid)} held out; base in {'nf4 and ' * job.base.quantised}{job.base.dtype} on {job.base.device}"
     )
+    steps = options.steps or options.epochs * -(-len(job.training) // options.batch_size)
+    if steps < 2 * options.warmup:
+        console.warn(
+            f"{min(options.warmup, steps - 1)} of the run's {steps} steps are warm-up, while the rate still rises; "
+            f"train longer (--epochs), or shorten it: --set training.warmup={steps // 10}"
+        )
 
 
 def _with_progress(job: Job) -> Outcome:
