@@ -40,8 +40,8 @@ def main_job() -> str:
         one = read(path)
         training = one["recipe"]["training"]
         row: list[object] = [
-            path.stem.replace(".peft", ", by PEFT"), one["recipe"]["rows"], f"{training['learning_rate']:g}",
-            f"{one['valid_nats']:.3f}",
+            path.stem.replace(".peft", ", by PEFT").replace(".torch", ", by torch"), one["recipe"]["rows"],
+            f"{training['learning_rate']:g}", f"{one['valid_nats']:.3f}",
         ]  # fmt: skip
         if "bleu_630" in one:
             row += [f"{one['bleu_630']:.1f}", f"{one['bleu_630'] - better:+.1f}", f"{one['bleu_200']:.1f}"]

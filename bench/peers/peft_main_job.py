@@ -1,7 +1,8 @@
 """The peer of the main job: PEFT on the same base, rows, order of rows and settings; judged by the same functions.
 
 `python bench/peers/peft_main_job.py NAME` trains recipes/main_job/NAME.yaml with PEFT and a plain padded loop, and
-writes NAME.peft.json beside it. Same seeds of initialisation are not shared: what differs is chance and rounding.
+writes NAME.peft.json beside it. Same seeds of initialisation are not shared: what differs is chance and rounding. A
+recipe of full fine-tuning is run by transformers and torch.optim.AdamW alone, and gives NAME.torch.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import yaml
 from transformers import get_linear_schedule_with_warmup
 
-from postil.adapter import attach
+from postil.adapter import AdaptedModel, attach
 from postil.adapter.peft_files import load_adapter
 from postil.base import load_base
 from postil.data import Sample, epoch_steps, load_data
@@ -49,9 +50,10 @@ def run(name: str, data: Path, out: Path) -> None:
     samples = load_data(training_rows(data, recipe["rows"]), base, RAW).samples
     by_row = {sample.row: sample for sample in samples}
     torch.manual_seed(options.seed)
+    full = options.method == "full"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
                              task_type="CAUSAL_LM")  # fmt: skip
-    model = peft.get_peft_model(base.model, config)
+    model = base.model.requires_grad_() if full else peft.get_peft_model(base.model, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0)
     steps = epoch_steps(samples, batch_size=options.batch_size, accumulation=1, pack_tokens=options.pack_tokens,
@@ -68,26 +70,33 @@ def run(name: str, data: Path, out: Path) -> None:
         optimizer.zero_grad()
         print(number, len(steps), round(float(loss), 3), flush=True)
     seconds = time.perf_counter() - began
-    model.save_pretrained(out / name)
-    judge(name, recipe, seconds, data, out / name)
+    if full:
+        base.model.requires_grad_(False)
+        base.changed()
+        judged_model = attach(base)
+    else:
+        model.save_pretrained(out / name)
+        judged_model = attach(load_base(BASE, dtype=recipe["dtype"]), load_adapter(out / name))
+    judge(name, recipe, seconds, data, judged_model, None if full else "default")
 
 
-def judge(name: str, recipe: dict[str, object], seconds: float, data: Path, adapter: Path) -> None:
-    """The figures of bench/main_job.py for an adapter that PEFT wrote."""
-    model = attach(load_base(BASE, dtype=str(recipe["dtype"])), load_adapter(adapter))
+def judge(
+    name: str, recipe: dict[str, object], seconds: float, data: Path, model: AdaptedModel, adapter: str | None
+) -> None:
+    """The figures of bench/main_job.py for what the peer trained."""
     valid = load_data(rows_of(data / "e2e_nlg" / "valid.jsonl")[::7], model.base, RAW).samples
     prompts, references = test_set(data)
-    answers = answers_of(model, [prompt + "\n" for prompt in prompts], "default")
+    answers = answers_of(model, [prompt + "\n" for prompt in prompts], adapter)
     result = {
         "recipe": recipe,
         "peft": peft.__version__,
         "train_seconds": round(seconds, 1),
-        "valid_nats": mean_nats(row_losses(model, valid, "default")),
+        "valid_nats": mean_nats(row_losses(model, valid, adapter)),
         **judged(answers, references),
-        "general": general(model, data, "default"),
+        "general": general(model, data, adapter),
         "answers": answers,
     }
-    write_json(HERE / f"{name}.peft.json", result | {"machine": machine()})
+    write_json(HERE / f"{name}.{'peft' if adapter else 'torch'}.json", result | {"machine": machine()})
     print({key: value for key, value in result.items() if key not in ("recipe", "answers")})
 
 
