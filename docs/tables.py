@@ -44,7 +44,11 @@ def main_job() -> str:
             f"{training['learning_rate']:g}", f"{one['valid_nats']:.3f}",
         ]  # fmt: skip
         if "bleu_630" in one:
-            row += [f"{one['bleu_630']:.1f}", f"{one['bleu_630'] - better:+.1f}", f"{one['bleu_200']:.1f}"]
+            row += [
+                f"{one['bleu_630']:.1f}",
+                f"{one['bleu_630'] - better:+.1f}",
+                f"{one['bleu_200']:.1f}" if "bleu_200" in one else "",
+            ]
             row += [f"{one['general'][key] - base['general'][key]:+.3f}" for key in (TEST, VALID)]
         else:
             row += [""] * 5
