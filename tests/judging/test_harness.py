@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +207,25 @@ def torch_row(ids: Any) -> Any:
     return torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
 
 
-def test_a_task_with_few_shots_and_a_chat(base: Base, note: Adapter, task: Callable[..., str]) -> None:
-    file = task("choice", fewshot_split="test")
-    plain = judge(base, note, general=None, options=options(file, limit=4), keep=False)
-    shots = judge(base, note, general=None, options=options(file, limit=4, shots=1), keep=False)
-    chat = judge(base, note, general=None, options=options(file, limit=4, chat=True), keep=False)
-    assert {card.general["tiny_choice"].data.rows for card in (plain, shots, chat)} == {4}
+def test_base_and_adapter_see_the_same_examples(base: Base, note: Adapter, task: Callable[..., str]) -> None:
+    tensors = {key: value * 0 if "lora_B" in key else value for key, value in note.tensors.items()}
+    nothing = replace(note, tensors=tensors)
+    file = task("word", fewshot_split="test")
+    seen = set()
+    for more in ({}, {"shots": 2}, {"chat": True}):
+        part = judge(base, nothing, general=None, options=options(file, limit=6, **more), keep=False).general[
+            "tiny_word"
+        ]
+        measure = part.measures["perplexity"]
+        assert measure.adapter.value == pytest.approx(measure.base.value, rel=1e-5)
+        seen.add((round(measure.base.value, 3), part.data.sha256))
+    assert len(seen) == 3
+
+
+def test_an_adapter_that_overflows_is_no_perfect_one(base: Base, note: Adapter, task: Callable[..., str]) -> None:
+    tensors = {key: value * 1e30 for key, value in note.tensors.items()}
+    with pytest.raises(JudgeError):
+        judge(base, replace(note, tensors=tensors), general=None, options=options(task("word")), keep=False)
 
 
 @pytest.mark.parametrize(

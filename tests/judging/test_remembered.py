@@ -90,18 +90,30 @@ def test_another_end_of_text_or_tokenizer_is_asked(stored: Path, note: Adapter) 
     assert judged(renamed, note)[1] == ALL
 
 
-def test_a_spoilt_file_is_asked_again(stored: Path, note: Adapter) -> None:
+@pytest.mark.parametrize("spoilt", [None, b"{}", b"[1]", b"null"])
+def test_a_spoilt_file_is_asked_again(spoilt: bytes | None, stored: Path, note: Adapter) -> None:
     first, _ = judged(load_base(stored), note)
     files = list((cache_directory() / "judged").iterdir())
     assert len(files) == 3
     for file in files:
-        file.write_bytes(file.read_bytes()[:20])
+        file.write_bytes(spoilt if spoilt is not None else file.read_bytes()[:20])
     second, asked = judged(load_base(stored), note)
     assert asked == ALL
     assert second == first
 
 
-def test_a_base_in_memory_leaves_nothing(base: Base, note: Adapter) -> None:
-    base.as_stored = False
+def test_a_corrected_answer_of_a_choice_is_asked(stored: Path, note: Adapter) -> None:
+    rows = [{"context": "say", "choices": ["a", "b c"], "answer": n} for n in (0, 1)]
+    judged(load_base(stored), note, choices=rows)
+    corrected = [{**row, "answer": 0} for row in rows]
+    card, asked = judged(load_base(stored), note, choices=corrected)
+    assert asked == {"likelihoods of the base"}
+    fresh, _ = judged(load_base(stored), note, choices=corrected, options={"fresh": True})
+    assert card == fresh
+
+
+def test_a_base_changed_in_memory_leaves_nothing(stored: Path, note: Adapter) -> None:
+    base = load_base(stored)
+    base.changed()
     judged(base, note)
     assert not (cache_directory() / "judged").exists()

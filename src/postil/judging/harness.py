@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -155,6 +156,7 @@ class Tasks:
 
     loaded: dict[str, Any]
     options: HarnessOptions
+    seed: int
 
     @property
     def names(self) -> list[str]:
@@ -184,8 +186,7 @@ def open_tasks(options: HarnessOptions, seed: int) -> Tasks:
             task.set_config(key="num_fewshot", value=options.shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
-    return Tasks(loaded, options)
+    return Tasks(loaded, options, seed)
 
 
 def _told(what: str, run: Callable[[], Any]) -> Any:
@@ -223,9 +224,15 @@ def harness_parts(
             if kind is None:
                 notes.append(f"{shown}: {key} is neither a mean nor a perplexity, so it has no interval: left out")
                 continue
-            others = mine[measure, kept_by]
-            share = kind is _mean and all(value in (0, 1) for value in (*values, *others))
-            better: Literal["higher", "lower"] = "higher" if task.higher_is_better().get(measure, True) else "lower"
+            others = mine.get((measure, kept_by), [])
+            if len(others) != len(values):
+                raise JudgeError(
+                    f"the task {name} gives {key} for other documents of the base than of what is judged"
+                )
+            share = measure in _SHARES
+            better: Literal["higher", "lower"] = (
+                "lower" if task.higher_is_better().get(measure) is False else "higher"
+            )
             unit = "%" if share else kind.unit
             metrics[key] = replace(measured(key, better, unit), value=kind.value)
             base_found[key], judged_found[key] = (
@@ -233,8 +240,10 @@ def harness_parts(
             )
         if not metrics:
             raise JudgeError(f"the task {name} has no measure that is a mean or a perplexity over its documents")
-        documents = list(dict.fromkeys(one["doc_hash"] for one in sides[0]["samples"][name]))
-        digest = hashlib.sha256("\n".join(documents).encode()).hexdigest()
+        asked = [[one[key] for key in ("filter", "doc_hash", "prompt_hash", "target_hash")]
+                 for one in sides[0]["samples"][name]]  # fmt: skip
+        told = [asked, tasks.options.shots, tasks.options.chat, task.config.generation_kwargs]
+        digest = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
         data = DataUsed(name=f"lm-eval {name}", sha256=digest, rows=len(next(iter(base_found.values()))))
         parts[shown] = part_of(data, next(iter(metrics)), metrics, base_found, judged_found, draw)
     return parts
@@ -242,6 +251,8 @@ def harness_parts(
 
 def _asked(tasks: Tasks, model: HarnessModel) -> Mapping[str, Any]:
     options = tasks.options
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=tasks.seed)  # both sides see the same examples
     found: Mapping[str, Any] = _told(
         listed(tasks.names),
         lambda: evaluate(
@@ -271,7 +282,11 @@ class _Kind:
 
 
 def _counted(values: Sequence[Any]) -> Statistics:
-    """(value, 1), nothing where it is no number."""
+    return np.array([(float(one), 1.0) for one in values]).reshape(-1, 2)
+
+
+def _counted_numbers(values: Sequence[Any]) -> Statistics:
+    """Nothing where it is no number."""
     return np.array([(0.0, 0.0) if math.isnan(one) else (float(one), 1.0) for one in values]).reshape(-1, 2)
 
 
@@ -287,10 +302,10 @@ def _bits(sums: Statistics) -> NDArray[np.float64]:
     return -mean_of(sums) / math.log(2)
 
 
-_mean = _Kind("score", _counted, mean_of)
+_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"})  # shown as percentages
 _KINDS: dict[Any, _Kind] = {
-    theirs.mean: _mean,
-    theirs.nanmean: _mean,
+    theirs.mean: _Kind("score", _counted, mean_of),
+    theirs.nanmean: _Kind("score", _counted_numbers, mean_of),
     theirs.perplexity: _Kind("perplexity", _counted, _exp_of_minus_mean),
     theirs.weighted_perplexity: _Kind("perplexity", _weighed, _exp_of_minus_mean),
     theirs.bits_per_byte: _Kind("bits/byte", _weighed, _bits),

@@ -109,18 +109,21 @@ def base_likelihoods(job: Job) -> Likelihoods:
     def asked() -> Iterator[bytes]:
         sets = {name: found.samples for name, found in job.general.sets.items()}
         yield repr((job.general.kl, {name: list(map(len, found)) for name, found in sets.items()})).encode()
+        yield repr({name: found.right for name, found in job.general.sets.items()}).encode()
         yield repr([item.samples for item in job.target.items] if job.target is not None else None).encode()
         flat = [sample for found in sets.values() for question in found for sample in question]
         for sample in (*(job.target.samples if job.target is not None else ()), *job.general.windows, *flat):
             yield sample.ids.tobytes() + sample.weights.tobytes()
 
-    kept = job.memory("likelihoods", asked(), make)
-    parts = {
-        part: {name: np.array(stats, dtype=np.float64).reshape(len(stats), -1) for name, stats in measured.items()}
-        for part, measured in kept["parts"].items()
-    }
-    options = {name: [_pairs(question) for question in found] for name, found in kept["options"].items()}
-    return Likelihoods(_pairs(kept["losses"]), Scored(parts, options))
+    def read(kept: Any) -> Likelihoods:
+        parts = {
+            part: {name: np.array(stats, dtype=np.float64).reshape(len(stats), -1) for name, stats in found.items()}
+            for part, found in kept["parts"].items()
+        }
+        options = {name: [_pairs(question) for question in found] for name, found in kept["options"].items()}
+        return Likelihoods(_pairs(kept["losses"]), Scored(parts, options))
+
+    return job.memory("likelihoods", asked(), make, read)
 
 
 def _pairs(values: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
@@ -145,11 +148,17 @@ def answer_all(job: Job) -> None:
 def _of_base(job: Job, requests: Sequence[Request], phase: str) -> list[Answer]:
     """The bare base's answers, asked once for all that is judged on it."""
     asked = [repr((list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
-    kept = job.memory(
+
+    def read(kept: Any) -> list[Answer]:
+        found = [Answer(**one | {key: tuple(one[key]) for key in ("ids", "margins")}) for one in kept["answers"]]
+        if len(found) != len(requests):
+            raise ValueError("there is not one answer for each request")
+        return found
+
+    return job.memory(
         "answers", [repr((job.options.batch, sorted(eos_ids(job.subject.base)))).encode(), *asked],
-        lambda: [asdict(one) for one in run(job, job.subject.base, requests, phase)],
+        lambda: {"answers": [asdict(one) for one in run(job, job.subject.base, requests, phase)]}, read,
     )  # fmt: skip
-    return [Answer(**one | {key: tuple(one[key]) for key in ("ids", "margins")}) for one in kept]
 
 
 def run(job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str) -> list[Answer]:

@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +15,8 @@ from postil.base import Base
 from postil.base.cache import cache_directory
 from postil.errors import StorageError
 from postil.files import write_text
+
+Value = TypeVar("Value")
 
 _FORMAT = "1"  # of the values kept
 _VERSIONS = ("postil", "torch", "transformers")
@@ -37,23 +38,29 @@ class Memory:
             told = [_FORMAT, fingerprint.source, fingerprint.form, str(base.dtype), _tokenizer(base)]
             told += [f"{name} {version(name)}" for name in _VERSIONS]
             told += [str(base.device), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+            if base.device.type == "cuda":
+                told += [torch.cuda.get_device_name(base.device), str(torch.version.cuda)]
+            told.append(torch.get_float32_matmul_precision())
             self._told = "\n".join(told)
 
-    def __call__(self, kind: str, asked: Iterable[bytes], make: Callable[[], Any]) -> Any:
-        """The JSON value kept for `asked`, or what `make` gives now. kind: what the value is, a word."""
+    def __call__(
+        self, kind: str, asked: Iterable[bytes], make: Callable[[], Any], read: Callable[[Any], Value]
+    ) -> Value:
+        """What is kept for `asked`, or else what `make` gives now. kind: what the value is, a word; read: makes the
+        value of the JSON that `make` gives."""
         if not self._told:
-            return make()
+            return read(make())
         digest = hashlib.sha256(f"{kind}\n{self._told}\n".encode())
         for one in asked:
             digest.update(len(one).to_bytes(8, "little") + one)
         path = cache_directory() / "judged" / f"{digest.hexdigest()}.json"
-        found = None if self._fresh else _read(path)
-        if found is not None:
-            return found
+        if not self._fresh:
+            with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # none there, or spoilt
+                return read(json.loads(path.read_text(encoding="utf-8")))
         value = make()
         with suppress(StorageError):  # what cannot be kept is asked again
             write_text(path, json.dumps(value))
-        return value
+        return read(value)
 
 
 def _tokenizer(base: Base) -> str:
@@ -61,11 +68,3 @@ def _tokenizer(base: Base) -> str:
     inner = getattr(base.tokenizer, "backend_tokenizer", None)
     told = inner.to_str() if inner is not None else repr(sorted(base.tokenizer.get_vocab().items()))
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _read(path: Path) -> Any:
-    """The value in a file; None where there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
