@@ -332,3 +332,12 @@ def test_places_that_are_none(refusal: Any, base: Path, rows: Path, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "x"
     assert "recipe: 'base' is required and was not given" in refusal("train", "--data", rows)
     assert "no.yaml cannot be read: No such file" in refusal("train", tmp_path / "no.yaml")
+
+
+def test_a_directory_of_something_else_is_left_alone(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    result = postil(*train, rows)
+    assert result.code == 2
+    assert "holds files that are of no run; choose another --out" in result.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]

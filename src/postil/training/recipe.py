@@ -163,11 +163,16 @@ def prepare(recipe: Recipe) -> Job:
     return Job(recipe, base, model, list(training), list(valid), dataset, held_out, general)
 
 
+_OWN = (".lock", "recipe.yaml", "log.jsonl", "checkpoints")  # what a run's directory has from its beginning
+
+
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
     recipe, out = job.recipe, Path(job.recipe.out)
     fields = recipe.model_dump(mode="json")
     text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     kept = out / "recipe.yaml"
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in _OWN):
+        raise RunError(f"{out} holds files that are of no run; choose another --out, so that nothing is mixed up")
     begun = any((out / "checkpoints").glob("step-*"))
     if begun and kept.is_file() and kept.read_text(encoding="utf-8") != text:
         raise RunError(f"{out} holds a run of another recipe; choose another --out or remove that directory")
