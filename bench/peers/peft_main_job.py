@@ -55,7 +55,7 @@ def run(name: str, data: Path, out: Path) -> None:
                              task_type="CAUSAL_LM")  # fmt: skip
     model = base.model.requires_grad_() if full else peft.get_peft_model(base.model, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0, fused=True)
     steps = epoch_steps(samples, batch_size=options.batch_size, accumulation=1, pack_tokens=options.pack_tokens,
                         seed=options.seed, epoch=0)  # fmt: skip
     schedule = get_linear_schedule_with_warmup(optimizer, options.warmup, len(steps))

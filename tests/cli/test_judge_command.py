@@ -154,6 +154,12 @@ def test_on_a_4_bit_base(judge: Any, here: Path) -> None:
     [
         (("--metrics", "exact_mach"), "unknown metric 'exact_mach' (did you mean 'exact_match'?)"),
         (("--gate", "target.blue >"), "gate expression, column 14"),
+        (
+            ("--gate", "target.blue > base"),
+            "gate expression, column 1: the score card will hold no measure 'target.blue'",
+        ),
+        (("--gate", "general.nat < base"), "will hold no measure 'general.nat' (did you mean 'general.nats'?)"),
+        (("--gate", "slices.nas is not worse", "--slices", "rest"), "will hold no measure 'slices.nas'"),
         (("--junit", "out.xml"), "--junit is about the gate; give --gate too, for example --gate default"),
         (("--set", "genral.window=3"), "judge: unknown key 'genral' (did you mean 'general'?)"),
         (("--set", "general.window=3"), "judge: general: window: Input should be greater than or equal to 8"),

@@ -129,9 +129,7 @@ def test_chat_on_a_4_bit_base(postil: Any, base: Path, typed: None) -> None:
 
 def test_merging_asks_what_into(refusal: Any, base: Path, trained: Path, adapter: Path, tmp_path: Path) -> None:
     words = ("merge", trained, "--base", base, "--out", tmp_path / "whole")
-    assert 'say what to merge into with into="original" or into="dequantised" (postil merge: --into)' in refusal(
-        *words
-    )
+    assert 'say what to merge into, with into="original" (--into original) or into="dequantised" (' in refusal(*words)
     assert "not 'dense'" in refusal(*words, "--into", "dense")
     dense = ("merge", adapter, "--base", base, "--out", tmp_path / "whole", "--into", "original")
     assert "into='original' is for a 4-bit base" in refusal(*dense)

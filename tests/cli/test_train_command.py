@@ -147,7 +147,8 @@ def test_a_finished_run_given_again_changes_nothing(postil: Any, train: Any, row
 
 def test_another_recipe_in_the_same_directory(postil: Any, refusal: Any, train: Any, rows: Path) -> None:
     postil(*train, rows, "--set", "training.steps=1")
-    assert "holds a run of another recipe; choose another --out" in refusal(*train, rows, "--epochs", 3)
+    said = "holds a run of another recipe (training.epochs: 1 there, 3 here); choose another --out"
+    assert said in refusal(*train, rows, "--epochs", 3, "--set", "training.steps=1")
 
 
 def test_an_interrupted_save_leaves_nothing_half_written(

@@ -189,7 +189,7 @@ def test_a_note_of_another_base(postil: Any, refusal: Any, base: Path, adapter: 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ({"prompt": "a", "adapter": "rnu"}, "request 1: no adapter 'rnu' (did you mean 'run'?); there are: run"),
+        ({"prompt": "a", "adapter": "rnu"}, "ask.jsonl:1: no adapter 'rnu' (did you mean 'run'?); there are: run"),
         ({"promt": "a"}, "ask.jsonl:1: request: unknown key 'promt' (did you mean 'prompt'?)"),
         ({"prompt": 3}, "ask.jsonl:1: request: prompt: Input should be a valid string (found 3)"),
         ({"prompt": "a", "stop": "b"}, "ask.jsonl:1: request: stop: Input should be a valid list (found 'b')"),
@@ -202,9 +202,9 @@ def test_a_note_of_another_base(postil: Any, refusal: Any, base: Path, adapter: 
             {"messages": [{"role": "usr", "content": "x"}]},
             "message 1 has the unknown role 'usr' (did you mean 'user'?)",
         ),
-        ({"prompt": "a\ud800"}, "request 1: the text holds half a surrogate pair ('\\ud800'), which is no text"),
+        ({"prompt": "a\ud800"}, "ask.jsonl:1: the text holds half a surrogate pair ('\\ud800'), which is no text"),
         ({"prompt": "x" * 200}, "219 prompt tokens and 6 new ones do not fit the base's context of 128"),
-        ({"adapter": "run"}, "request 1 gives none: give one of ids, prompt and messages"),
+        ({"adapter": "run"}, "ask.jsonl:1 gives none: give one of ids, prompt and messages"),
         ("[1]", 'ask.jsonl:1: a request is an object such as {"prompt": "Hello"}'),
         ('{"prompt"', "ask.jsonl:1: not JSON (Expecting ':' delimiter"),
         ("", "ask.jsonl holds no request; write one a line"),

@@ -102,6 +102,15 @@ def test_only_bad_lines_is_an_error_even_when_skipping(chatml: Any, tmp_path: Pa
         load_data(path, chatml, DataOptions(skip_bad_lines=True))
 
 
+def test_a_fault_of_all_lines_is_said_once(chatml: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 7, encoding="utf-8")
+    with pytest.raises(DataError) as raised:
+        load_data(path, chatml, DataOptions(columns={"prompt": "foo"}))
+    assert str(raised.value).count("no column 'foo'") == 1
+    assert "all 7 lines are alike in it" in str(raised.value)
+
+
 def test_a_disk_that_refuses_leaves_nothing(chatml: Any, spoiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

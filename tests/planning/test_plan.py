@@ -164,8 +164,8 @@ def test_70b_in_nf4_is_not_for_24_gb() -> None:
 def test_a_card_that_fits_with_checkpointing_says_so() -> None:
     cards = {card.name: card for card in plan("7B").cards}
     assert not cards["RTX 4090"].fits
-    assert cards["RTX 4090"].why == "with gradient checkpointing"
-    assert "short" in cards["T4"].why or cards["T4"].why == "with gradient checkpointing"
+    assert cards["RTX 4090"].why == "fits with gradient checkpointing"
+    assert "short" in cards["T4"].why or cards["T4"].why == "fits with gradient checkpointing"
 
 
 def test_fifty_models_of_one_base() -> None:

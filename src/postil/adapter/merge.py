@@ -19,6 +19,7 @@ from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
 from postil.base import Base, freeze, load_base
 from postil.base.quiet import quiet
+from postil.base.stored import read_config
 from postil.errors import AdapterError, StorageError, listed
 from postil.files import atomic_directory, check_vacant, write_json
 
@@ -27,19 +28,33 @@ from postil.files import atomic_directory, check_vacant, write_json
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 2.0, torch.float16: 0.25}
 PROBE = "The margin of an old book often holds more than its text: a date, a doubt, 3 + 4 = 7, and a name."
 PROBE_TOKENS = 32
-INTO = 'into="original" or into="dequantised" (postil merge: --into)'
+INTO = 'into="original" (--into original) or into="dequantised" (--into dequantised)'
+DEQUANTISED = 'into="dequantised" (--into dequantised)'
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far merging moved the logits on a probe: largest and mean absolute difference, over `tokens` tokens."""
+    """How far merging moved the logits on a probe: largest and mean absolute difference, over `tokens` tokens;
+    beside them the largest logit there, and how many tokens kept their likeliest successor."""
 
     max_logit: float
     mean_logit: float
     tokens: int
+    largest: float
+    same_choice: int
+
+    @classmethod
+    def between(cls, before: torch.Tensor, after: torch.Tensor) -> Drift:
+        """From the logits [tokens, vocabulary] before and after."""
+        difference = (after - before).abs()
+        same = int((before.argmax(-1) == after.argmax(-1)).sum())
+        return cls(float(difference.max()), float(difference.mean()), len(before), float(before.abs().max()), same)
 
     def __str__(self) -> str:
-        return f"a logit moved by {self.max_logit:.3g} at most (mean {self.mean_logit:.3g}, on {self.tokens} tokens)"
+        return (
+            f"a logit moved by {self.max_logit:.3g} at most (mean {self.mean_logit:.3g}, logits up to "
+            f"{self.largest:.3g}), the likeliest token is the same at {self.same_choice} of {self.tokens} places"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +90,7 @@ def merge(
     if model.base.quantised:
         raise AdapterError(
             "the base is held in 4 bits, and W + s·B·A is never quantised again: merge on the 16-bit base, or write "
-            f"a model with export_merged({INTO})"
+            "a model with export_merged and its `into`"
         )
     _idle(model)
     weights = _weights(model, names)
@@ -111,12 +126,12 @@ def _put_in(
             module._parameters[name] = new
             model.merged[key] = (original, new)
         model.active, model.active_before_merge = {}, before
-        difference = (_logits(model, ids) - wanted).abs()
+        drift = Drift.between(wanted, _logits(model, ids))
     except BaseException:
         _put_back(model)
         model.active = before
         raise
-    return Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
+    return drift
 
 
 def unmerge(model: AdaptedModel) -> None:
@@ -197,7 +212,8 @@ def _export_from_nf4(
         base = _dequantised(model.base)
     else:
         given = "" if into is None else f", not {into!r}"
-        raise AdapterError(f"the base is held in 4 bits: say what to merge into with {INTO}{given}")
+        choice = INTO if _dense_somewhere(model.base) else f"{DEQUANTISED}, since its files are in 4 bits too"
+        raise AdapterError(f"the base is held in 4 bits: say what to merge into, with {choice}{given}")
     dense = attach(base)
     try:
         for name in weights:
@@ -206,13 +222,19 @@ def _export_from_nf4(
         exported = export_merged(dense, weights, directory, dtype=dtype, bound=bound)
         ids, (before, model.active), dense.active = _probe_ids(base), (model.active, weights), weights
         try:
-            difference = (_logits(dense, ids) - _logits(model, ids)).abs()
+            drift = Drift.between(_logits(model, ids), _logits(dense, ids))
         finally:
             model.active = before
     finally:
         detach(dense)
-    drift = Drift(float(difference.max()), float(difference.mean()), int(ids.shape[1]))
     return replace(exported, from_nf4=drift)
+
+
+def _dense_somewhere(base: Base) -> bool:
+    """Whether the files that a 4-bit base was read from hold it dense."""
+    if base.directory is None:
+        return base.file is not None
+    return not read_config(base.directory).get("quantization_config")
 
 
 def _original(base: Base) -> Base:

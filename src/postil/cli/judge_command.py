@@ -91,8 +91,8 @@ def judge(
     with _progress() as watch:
         card = run(
             opened, adapter, target=target, general=None if general == "none" else general, choices=choices,
-            pairs=pairs, train=train, leaks=leakage, options=options, predictions=predictions, watch=watch, keep=keep,
-            force=force,
+            pairs=pairs, train=train, leaks=leakage, options=options, gate=expression, predictions=predictions,
+            watch=watch, keep=keep, force=force,
         )  # fmt: skip
     _print(card)
     page = write_beside(adapter, predictions=predictions) if keep else None
@@ -192,8 +192,8 @@ def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> lis
         *([f"{shot.value:.{digits}f}" if shot is not None else ""] if few else []),
         f"{m.adapter.value:.{digits}f}",
         f"{m.difference.value:+.{digits}f} ({m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f})",
-        m.verdict if m.metric != "kl" else "",  # a distance from the base is never better
-        f"{m.detectable:.{digits}f} {m.unit}",
+        m.told,
+        "too few rows" if m.too_few else f"{m.detectable:.{digits}f} {m.unit}",
         *([f"{m.z:+.1f}" if m.z is not None else ""] if spread else []),
     ]
 
@@ -216,7 +216,7 @@ def _lines(card: ScoreCard) -> Iterator[str]:
         if part is not None and name != "kl":
             tokens = f", {part.data.tokens:,} tokens" if part.data.tokens is not None else ""
             shots = f"; few-shot: the base with {part.shots} examples" if part.shots else ""
-            yield f"{name}: {part.data.name}, {part.data.rows:,} rows{tokens}{shots}"
+            yield f"{name}: {part.data.name}, {part.counted}{tokens}{shots}"
     if card.null_adapters:
         yield f"z: in units of the spread of {card.null_adapters} random adapters of equal norm"
     for point in card.curve:
@@ -247,6 +247,6 @@ def _said(m: Comparison, where: str, name: str) -> str:
     digits = 1 if m.unit in ("%", "points") else 3
     moved = f"{name} {m.base.value:.{digits}f} → {m.adapter.value:.{digits}f} {m.unit}"
     if m.verdict == "no evidence":
-        return f"no evidence {where}: {moved}, and these {m.rows:,} rows show {m.detectable:.{digits}f} or more"
+        return f"no evidence {where}: {moved}, and {m.reach}"
     ends = f"{m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f}"
     return f"{m.verdict} {where}: {moved} ({m.difference.value:+.{digits}f}, {ends})"

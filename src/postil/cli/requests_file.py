@@ -62,4 +62,4 @@ def _request(where: str, line: str, defaults: dict[str, Any]) -> Request:
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
     fields["stop"] = tuple(fields["stop"])
-    return Request(**fields)
+    return Request(**fields, label=where)

@@ -156,6 +156,9 @@ def _canonical(row: Row) -> bytes:
 
 def _bad_message(source: Source, reading: _Reading, skipping: bool) -> str:
     bad = reading.bad
+    if len(bad) > 1 and not reading.drafts and len({row.error for row in bad}) == 1:
+        what = f"{source.name}: no line can be read. {bad[0].error}."  # the fault is the file's, or the options'
+        return f"{what} Mend this; all {len(bad):,} lines are alike in it."
     if len(bad) == 1:
         what = f"{source.where(bad[0].number)}: {bad[0].error}."
     else:

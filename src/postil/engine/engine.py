@@ -128,7 +128,7 @@ class Engine:
             request, number, ids, adapters=self.model.residents, vocabulary=vocabulary, context=base.context
         )
         if request.stop and base.tokenizer is None:
-            raise RequestError(f"request {number} has stop strings, but the base has no tokenizer")
+            raise RequestError(f"{request.called(number)} has stop strings, but the base has no tokenizer")
         slot = -1 if request.adapter is None else self.model.resident(request.adapter).slot
         return Row(request, ids, slot, self.eos, base.tokenizer, streams)
 

@@ -19,7 +19,8 @@ class Request:
     prompt: the user's turn of a conversation, or with `raw` plain text to be continued. messages: a
     conversation (with `tools` that may be called). adapter: a name, or None for the bare base.
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; `seed` alone decides a sampled answer.
-    stop: the answer ends before the first of these strings. logprobs: give each token's log-probability.
+    stop: the answer ends before the first of these strings. logprobs: give each token's log-probability. label:
+    what errors call it, such as a file and line (empty: its number among those asked together).
     """
 
     ids: Sequence[int] | None = None
@@ -35,6 +36,11 @@ class Request:
     stop: tuple[str, ...] = ()
     raw: bool = False
     logprobs: bool = False
+    label: str = ""
+
+    def called(self, number: int) -> str:
+        """What an error calls it: its label, or its number."""
+        return self.label or f"request {number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +66,24 @@ def prompt_ids(request: Request, number: int, tokenizer: Any) -> list[int]:
     """The prompt's token ids. Raises RequestError naming the request by its number (from 1)."""
     given = [name for name in ("ids", "prompt", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
-        raise RequestError(f"request {number} gives {listed(given)}: give one of ids, prompt and messages")
+        raise RequestError(f"{request.called(number)} gives {listed(given)}: give one of ids, prompt and messages")
     if request.tools and (request.raw or request.ids is not None):
-        raise RequestError(f"request {number} has tools, which only a conversation can have: leave raw and ids out")
+        raise RequestError(
+            f"{request.called(number)} has tools, which only a conversation can have: leave raw and ids out"
+        )
     if request.ids is not None:
         ids = [int(token) for token in request.ids]
     elif tokenizer is None:
-        raise RequestError(f"request {number} is text, but the base has no tokenizer: give ids")
+        raise RequestError(f"{request.called(number)} is text, but the base has no tokenizer: give ids")
     elif request.prompt == "" or (request.messages is not None and not request.messages):
-        raise RequestError(f"request {number} has an empty prompt: give at least one token")
+        raise RequestError(f"{request.called(number)} has an empty prompt: give at least one token")
     else:
         try:
             ids = encode_prompt(_text_of(request, number, tokenizer), tokenizer)
         except DataError as problem:
-            raise RequestError(f"request {number}: {problem}") from problem
+            raise RequestError(f"{request.called(number)}: {problem}") from problem
     if not ids:
-        raise RequestError(f"request {number} has an empty prompt: give at least one token")
+        raise RequestError(f"{request.called(number)} has an empty prompt: give at least one token")
     return ids
 
 
@@ -83,9 +91,9 @@ def _text_of(request: Request, number: int, tokenizer: Any) -> str:
     if request.raw and request.prompt is not None:
         return request.prompt
     if request.raw:
-        raise RequestError(f"request {number} is a conversation and raw: give a prompt, or leave raw out")
+        raise RequestError(f"{request.called(number)} is a conversation and raw: give a prompt, or leave raw out")
     if not tokenizer.chat_template:
-        raise RequestError(f"request {number}: the base has no chat template; give a prompt with raw=True")
+        raise RequestError(f"{request.called(number)}: the base has no chat template; give a prompt with raw=True")
     messages = request.messages or [{"role": "user", "content": request.prompt}]
     return render(messages, tokenizer, tools=request.tools, add_generation_prompt=True)
 
@@ -103,7 +111,9 @@ def check_request(
     known = list(adapters)
     if request.adapter is not None and request.adapter not in known:
         near = nearest(request.adapter, known)
-        raise RequestError(f"request {number}: no adapter {request.adapter!r}{near}; there are: {listed(known)}")
+        raise RequestError(
+            f"{request.called(number)}: no adapter {request.adapter!r}{near}; there are: {listed(known)}"
+        )
     faults = {
         "max_new_tokens must be at least 1": request.max_new_tokens < 1,
         "temperature must be a number from 0": not 0 <= request.temperature < float("inf"),
@@ -114,12 +124,14 @@ def check_request(
     }
     for fault, present in faults.items():
         if present:
-            raise RequestError(f"request {number}: {fault}")
+            raise RequestError(f"{request.called(number)}: {fault}")
     outside = next((token for token in ids if not 0 <= token < vocabulary), None)
     if outside is not None:
-        raise RequestError(f"request {number}: token id {outside} lies outside the vocabulary of {vocabulary}")
+        raise RequestError(
+            f"{request.called(number)}: token id {outside} lies outside the vocabulary of {vocabulary}"
+        )
     if context is not None and len(ids) + request.max_new_tokens > context:
         raise RequestError(
-            f"request {number}: {len(ids)} prompt tokens and {request.max_new_tokens} new ones do not fit the "
-            f"base's context of {context}; shorten the prompt or lower max_new_tokens"
+            f"{request.called(number)}: {len(ids)} prompt tokens and {request.max_new_tokens} new ones do not fit "
+            f"the base's context of {context}; shorten the prompt or lower max_new_tokens"
         )

@@ -46,6 +46,22 @@ class Comparison(Settings):
     detectable: float
     z: float | None = None
 
+    @property
+    def too_few(self) -> bool:
+        """Whether so few rows could have shown no difference at all: a share cannot differ by more than 100%."""
+        return self.unit == "%" and self.detectable > 100
+
+    @property
+    def reach(self) -> str:
+        """What so many rows would have shown, where they showed nothing."""
+        rows = f"these {self.rows:,} rows"
+        return f"{rows} are too few to show any" if self.too_few else f"{rows} show {self.detectable:.3g} or more"
+
+    @property
+    def told(self) -> str:
+        """The verdict in words; none for a distance from the base, which is never better."""
+        return self.verdict if self.metric != "kl" else ""
+
 
 class DataUsed(Settings):
     """A file that was judged on: its name, the digest of its rows as used, and how many."""
@@ -74,6 +90,13 @@ class Part(Settings):
     few_shot: dict[str, Estimate] = Field(default_factory=dict)
     shots: int = 0
     slices: dict[str, dict[str, dict[str, Comparison]]] = Field(default_factory=dict)
+
+    @property
+    def counted(self) -> str:
+        """How many rows there are, and as how many windows or questions they were measured where that differs."""
+        found = self.measures.get(self.main)
+        as_many = f" measured as {found.rows:,}" if found is not None and found.rows != self.data.rows else ""
+        return f"{self.data.rows:,} rows{as_many}"
 
 
 class CurvePoint(Settings):

@@ -39,7 +39,7 @@ def card_html(card: ScoreCard) -> Iterator[str]:
             f"{found.matched_tokens} tokens or more, the base {found.base.value:.1f}%{rest}.</p>"
         )
     sets = [
-        f"{escape(path)}: {escape(part.data.name)}, {part.data.rows:,} rows <code>{part.data.sha256[:12]}</code>"
+        f"{escape(path)}: {escape(part.data.name)}, {part.counted} <code>{part.data.sha256[:12]}</code>"
         for path, part in parts.items()
     ]
     notes = [escape(note) for note in card.notes]
@@ -78,7 +78,7 @@ def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
     gap = found.difference
     reach = 1.25 * max(abs(gap.low), abs(gap.high), found.detectable)
     spread = f"; z {found.z:+.1f}" if found.z is not None else ""
-    style = " worse" if found.verdict == "worse" else ""
+    style = " worse" if found.told == "worse" else ""
     return [
         name,
         number(found.base.value, found),
@@ -86,8 +86,8 @@ def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
         number(found.adapter.value, found),
         f"{number(gap.value, found, '+')} ({number(gap.low, found, '+')} to {number(gap.high, found, '+')})",
         interval(gap.low, gap.value, gap.high, reach, up=found.better == "higher"),
-        f'<span class="verdict{style}">{found.verdict}</span>{spread}',
-        f"{number(found.detectable, found)} {escape(found.unit)}",
+        f'<span class="verdict{style}">{found.told}</span>{spread}',
+        "too few rows" if found.too_few else f"{number(found.detectable, found)} {escape(found.unit)}",
         f"{found.rows:,}",
     ]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from postil.errors import JudgeError, listed
+from postil.errors import JudgeError, listed, nearest
 from postil.judging.card import Comparison, Part, ScoreCard
-from postil.judging.expression import Compare, Judged, Leaf
+from postil.judging.expression import Compare, Judged, Leaf, leaves, parse
 
 GENERAL = {"nats": "--general FILE", "kl": "--general FILE", "choices": "--choices FILE", "pairs": "--pairs FILE"}
 SIGN_WORDS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
@@ -43,6 +43,27 @@ class _Item:
     measure: Comparison
     part: Part
     slice: tuple[str, str, str] | None = None  # column, value, name of the measure
+
+
+def check_measures(expression: str, target: Collection[str] | None, general: Mapping[str, Collection[str]]) -> None:
+    """Raise JudgeError, before any work, where the expression names a measure that the card will not have.
+
+    target: the measures of answers to come, None without a target; general: those of each general part to come. A
+    slice is known only later, and what is left out altogether is the gate's to refuse.
+    """
+    parts = {"target": target or ()} | {f"general.{name}": names for name, names in general.items()}
+    known = {*parts, *(f"{part}.{name}" for part, names in parts.items() for name in names)}
+    for leaf in leaves(parse(expression)):
+        root, _, rest = leaf.path.partition(".")
+        absent = target is None if root != "general" else rest.partition(".")[0] in {*GENERAL} - {*general}
+        if absent or leaf.path in known or (root != "slices" and "=" in leaf.path):
+            continue
+        if root == "slices" and (not rest or rest in parts["target"]):
+            continue
+        near = nearest(leaf.path, known) or f"; it will hold {listed(sorted(known))}"
+        raise JudgeError(
+            f"gate expression, column {leaf.column}: the score card will hold no measure {leaf.path!r}{near}"
+        )
 
 
 def answer(leaf: Leaf, card: ScoreCard, live: ScoreCard | None) -> Condition:
@@ -130,7 +151,7 @@ def _judged(leaf: Judged, item: _Item) -> Condition:
         f"difference {_short(m.difference.value)} [{_short(m.difference.low)}, {_short(m.difference.high)}]"
     )
     if m.verdict == "no evidence":
-        sentence += f", no evidence either way (these {m.rows} rows show {_short(m.detectable)} or more)"
+        sentence += f", no evidence either way ({m.reach})"
     return Condition("", m.verdict, f"{'not ' if leaf.negated else ''}{leaf.verdict}", passed, sentence)
 
 

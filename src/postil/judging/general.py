@@ -52,6 +52,12 @@ class General:
     notes: tuple[str, ...] = ()
 
     @property
+    def measures(self) -> dict[str, dict[str, Metric]]:
+        """What will be measured, by part."""
+        texts = (["nats", "kl"] if self.kl else ["nats"]) if self.windows else []
+        return {part: MEASURES[part] for part in (*texts, *self.sets)}
+
+    @property
     def work(self) -> int:
         """How many samples one measuring of an adapter runs."""
         texts = len(self.windows) * (2 if self.kl else 1)

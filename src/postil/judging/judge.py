@@ -15,6 +15,7 @@ from postil.engine.engine import eos_ids
 from postil.errors import JudgeError
 from postil.judging.card import Part, ScoreCard
 from postil.judging.command import Sources, command_of
+from postil.judging.conditions import check_measures
 from postil.judging.general import general_parts, read_general
 from postil.judging.job import Job, Watch, answer_all, answered, base_likelihoods, likelihoods
 from postil.judging.metric import Metric
@@ -47,6 +48,7 @@ def judge(
     train: From | None = None,
     leaks: From | None = None,
     options: JudgeOptions | None = None,
+    gate: str | None = None,
     predictions: str | Path | None = None,
     watch: Watch = lambda _: None,
     keep: bool = True,
@@ -58,8 +60,9 @@ def judge(
     (directory or Base), which is compared in the same way. target: held-out rows of its task. general: running text
     of what must not get worse (by default the sample that ships with postil; None leaves it out), choices and pairs
     answered by likelihood. train: rows that few-shot examples are drawn from (options.shots). leaks: rows it was
-    trained on, tried for verbatim leakage. predictions: a JSONL for every answer. watch: told {"phase", "done",
-    "total"}. keep: put the card into an Adapter's `card`, or the directory's postil.json. force: take an adapter
+    trained on, tried for verbatim leakage. gate: the expression that the card is for, so that a measure misspelt in
+    it is found before the work. predictions: a JSONL for every answer. watch: told {"phase", "done", "total"}. keep:
+    put the card into an Adapter's `card`, or the directory's postil.json. force: take an adapter
     made for another base. Raises JudgeError, DataError, AdapterError, BaseModelError, StorageError.
     """
     options = options or JudgeOptions()
@@ -70,6 +73,8 @@ def judge(
         raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
     with opened(base, judged, force=force) as subject:
         job = _prepared(subject, options, sources, watch)
+        if gate is not None and job.tasks is None:  # lm-eval's measures are known after its tasks have run
+            check_measures(gate, [*job.metrics, NATS.name] if job.target is not None else None, job.general.measures)
         card = _judged(job, command_of(judged, subject.base.base, sources, options), predictions)
         if keep:
             keep_card(subject, card)

@@ -217,7 +217,7 @@ def _fitted(name: str, gib: float, memory: Memory, checkpointed: Memory | None) 
     if memory.weights > room:
         why = f"the weights alone take {memory.weights / GIB:.1f} GiB: only by streaming"
     elif checkpointed is not None and checkpointed.total <= room:
-        why = "with gradient checkpointing"
+        why = "fits with gradient checkpointing"
     else:
         why = f"{(memory.total - room) / GIB:.1f} GiB short"
     return Card(name=name, gib=gib, fits=False, why=why)

@@ -16,7 +16,7 @@ from postil.adapter import AdaptedModel, Adapter, LoraConfig, attach
 from postil.base import Base, load_base
 from postil.base.quiet import quiet
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
-from postil.errors import RecipeError, RunError
+from postil.errors import RecipeError, RunError, listed
 from postil.files import atomic_directory, write_json, write_text
 from postil.settings import Settings
 from postil.training.general import check_general, split_general
@@ -175,7 +175,10 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
         raise RunError(f"{out} holds files that are of no run; choose another --out, so that nothing is mixed up")
     begun = any((out / "checkpoints").glob("step-*"))
     if begun and kept.is_file() and kept.read_text(encoding="utf-8") != text:
-        raise RunError(f"{out} holds a run of another recipe; choose another --out or remove that directory")
+        raise RunError(
+            f"{out} holds a run of another recipe{_differing(kept, fields)}; choose another --out or remove that "
+            "directory"
+        )
     write_text(kept, text)
     outcome = run(
         job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
@@ -211,6 +214,25 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
 
         save_adapter(adapter, out / "adapter")
     return outcome
+
+
+def _differing(kept: Path, fields: dict[str, Any]) -> str:
+    """Which keys a run's recipe has otherwise, with both values; nothing where its file cannot be read."""
+    try:
+        before = _flat(read_recipe(kept))
+    except RecipeError:
+        return ""
+    now = _flat(fields)
+    keys = [key for key in dict.fromkeys((*now, *before)) if before.get(key) != now.get(key)]
+    return f" ({listed([f'{key}: {before.get(key)} there, {now.get(key)} here' for key in keys])})" if keys else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
 
 
 def _save_model(job: Job, directory: Path) -> None:
