@@ -17,7 +17,7 @@ from postil.judging.general import General, general_parts, measure, read_general
 from postil.judging.options import GeneralOptions
 from postil.judging.parts import Draw
 from postil.judging.rows import SHIPPED
-from postil.judging.scoring import kl_rows, row_losses
+from postil.judging.scoring import nats_and_kl, row_losses
 
 Hand = Callable[..., torch.Tensor]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned."} for n in range(8)]
@@ -74,7 +74,7 @@ def test_text_has_its_nats_and_its_kl(model: AdaptedModel, general: General) -> 
     told: list[int] = []
     found = measure(general, model, "note", done=told.append).parts
     assert found["nats"]["nats"].tolist() == [list(one) for one in row_losses(model, general.windows, "note")]
-    assert found["kl"]["kl"].tolist() == [list(one) for one in kl_rows(model, general.windows, "note")]
+    assert found["kl"]["kl"].tolist() == [list(one) for one in nats_and_kl(model, general.windows, "note")[1]]
     assert sum(told) == general.work
     assert general.text is not None
     assert general.text.tokens == found["nats"]["nats"][:, 1].sum() == found["kl"]["kl"][:, 1].sum()

@@ -26,7 +26,7 @@ from postil.judging.general import read_general
 from postil.judging.judge import judge
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.parts import NATS
-from postil.judging.scoring import kl_rows, mean_nats, row_losses
+from postil.judging.scoring import mean_nats, nats_and_kl, row_losses
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -216,7 +216,7 @@ def test_a_fine_tuned_model_is_compared_in_the_same_way(
     general = read_general(TEXT, None, None, base, options().general, 0)
     assert card.find("general.nats").base.value == mean_nats(row_losses(first, general.windows, None))
     assert card.find("general.nats").adapter.value == mean_nats(row_losses(second, general.windows, None))
-    assert card.find("general.kl").adapter.value == mean_nats(kl_rows(second, general.windows, None, first))
+    assert card.find("general.kl").adapter.value == mean_nats(nats_and_kl(second, general.windows, None, first)[1])
     own = json.loads((tmp_path / "model/postil.json").read_text())
     assert own["method"] == "full"
     assert own["card"]["score_card"] == card.model_dump(mode="json")

@@ -15,7 +15,7 @@ from postil.data import Sample
 from postil.errors import AdapterError
 from postil.judging import scoring
 from postil.judging.rows import shipped_text
-from postil.judging.scoring import kl_rows, mean_nats, option_losses, option_samples, row_losses, windows
+from postil.judging.scoring import mean_nats, nats_and_kl, option_losses, option_samples, row_losses, windows
 
 Hand = Callable[..., torch.Tensor]
 
@@ -63,17 +63,18 @@ def test_the_kl_is_that_of_the_two_distributions(
     model: AdaptedModel, samples: list[Sample], log_probs: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "PACK_TOKENS", 40)
-    for sample, (total, count) in zip(samples, kl_rows(model, samples, "note"), strict=True):
+    for sample, (total, count) in zip(samples, nats_and_kl(model, samples, "note")[1], strict=True):
         p, q = log_probs(model, sample.ids), log_probs(model, sample.ids, {"note": 1.0})
         rows = [t - 1 for t in range(1, len(sample.ids)) if sample.weights[t]]
         assert count == len(rows)
         assert total == pytest.approx(float((p.exp() * (p - q))[rows].sum()), rel=1e-4)
-    assert all(total == 0 for total, _ in kl_rows(model, samples, None))
+    assert all(total == 0 for total, _ in nats_and_kl(model, samples, None)[1])
+    assert nats_and_kl(model, samples, "note")[0] == row_losses(model, samples, "note")  # to the last bit
 
 
 def test_the_kl_to_another_model(make_base: Callable[..., Base], samples: list[Sample], log_probs: Hand) -> None:
     first, second = attach(make_base()), attach(make_base(seed=8))
-    for sample, (total, _) in zip(samples, kl_rows(second, samples, None, first), strict=True):
+    for sample, (total, _) in zip(samples, nats_and_kl(second, samples, None, first)[1], strict=True):
         p, q = log_probs(first, sample.ids), log_probs(second, sample.ids)
         rows = [t - 1 for t in range(1, len(sample.ids)) if sample.weights[t]]
         assert total == pytest.approx(float((p.exp() * (p - q))[rows].sum()), rel=1e-4)

@@ -18,7 +18,16 @@ from postil.judging.metric import Metric
 from postil.judging.options import GeneralOptions
 from postil.judging.parts import ACCURACY, KL, NATS, PER_TOKEN, Draw, Measured, hits, part_of, slices_of, stats_of
 from postil.judging.rows import SHIPPED, From, Rows, chosen, read_rows, shipped_text, used
-from postil.judging.scoring import Adapters, Done, Losses, kl_rows, option_losses, option_samples, row_losses, windows
+from postil.judging.scoring import (
+    Adapters,
+    Done,
+    Losses,
+    nats_and_kl,
+    option_losses,
+    option_samples,
+    row_losses,
+    windows,
+)
 
 MEASURES: dict[str, dict[str, Metric]] = {
     "nats": {"nats": NATS},
@@ -221,14 +230,15 @@ def measure(
     one that the KL is taken to."""
     out = Scored()
     if general.windows:
-        out.parts["nats"] = {"nats": stats_of(row_losses(model, general.windows, adapter, done))}
+        if general.kl and (adapter or base is not None):
+            nats, kl = nats_and_kl(model, general.windows, adapter, base, done)
+        else:
+            nats = row_losses(model, general.windows, adapter, done)
+            kl = [(0.0, count) for _, count in nats]  # KL(base ‖ base) is 0
+            done(len(general.windows) if general.kl else 0)
+        out.parts["nats"] = {"nats": stats_of(nats)}
         if general.kl:
-            itself = not adapter and base is None  # KL(base ‖ base) is 0
-            counts = [(0.0, sample.target_tokens) for sample in general.windows]
-            out.parts["kl"] = {
-                "kl": stats_of(counts if itself else kl_rows(model, general.windows, adapter, base, done))
-            }
-            done(len(general.windows) if itself else 0)
+            out.parts["kl"] = {"kl": stats_of(kl)}
     for name, found in general.sets.items():
         losses = option_losses(model, found.samples, adapter, done)
         out.options[name] = losses

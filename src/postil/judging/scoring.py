@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 
 from postil.adapter import AdaptedModel
-from postil.adapter.divergence import base_head, kl_to_base
+from postil.adapter.divergence import base_head, base_states
 from postil.data import Sample, pack
 from postil.data.encode import Draft, Tally, encode, leading_ids
 from postil.kernels.layout import Layout, Spans
-from postil.kernels.loss import kl_divergence
+from postil.kernels.loss import cross_entropy, kl_divergence
 
 PACK_TOKENS = 2048
 _HEAD_ROWS = 512  # of logits at a time
@@ -75,7 +76,7 @@ def token_scores(
             for start in range(0, len(targets), _HEAD_ROWS):
                 end = min(start + _HEAD_ROWS, len(targets))
                 logits = head(states[start:end], start, end).float()
-                nats[start:end] = cross_entropy(logits, wanted[start:end], reduction="none")
+                nats[start:end] = functional.cross_entropy(logits, wanted[start:end], reduction="none")
                 hits[start:end] = logits.argmax(-1) == wanted[start:end]
         missed = _per_sample((~hits).float(), targets, packed.lengths)
         sums = _per_sample(nats, targets, packed.lengths)
@@ -85,44 +86,36 @@ def token_scores(
 
 
 @torch.no_grad()
-def kl_rows(
+def nats_and_kl(
     model: AdaptedModel,
     samples: Sequence[Sample],
     adapter: Adapters,
     base: AdaptedModel | None = None,
     done: Done = lambda _: None,
-) -> Losses:
-    """Per sample (sum over its target tokens of KL(base ‖ adapter) in nats, number of target tokens).
+) -> tuple[Losses, Losses]:
+    """Per sample what row_losses gives, and (sum over its target tokens of KL(base ‖ adapter) in nats, their number).
 
     KL(p ‖ q) = Σ_v p(v) (log p(v) - log q(v)) of the two distributions of the next token, p the bare base's.
-    base: another model of the same vocabulary to stand for p; None is `model` without adapters.
+    base: another model of the same vocabulary to stand for p; None is `model` without adapters. One pass of each.
     """
-    weights, device, out = weights_of(adapter), model.base.device, Losses()
+    weights, device, nats, kl = weights_of(adapter), model.base.device, Losses(), Losses()
     for group in _budgeted(samples):
         packed = pack(group)
         targets = np.flatnonzero(packed.weights)
         rows = torch.from_numpy(targets - 1).to(device)  # the state before a token predicts it
         ids, positions = torch.from_numpy(packed.ids).to(device), torch.from_numpy(packed.positions).to(device)
         layout = Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)))
-        with model.using(layout):
-            if base is None:
-                _, divergence = kl_to_base(model, ids, positions, rows)
-            else:
-                divergence = _between(base, model, ids, positions, rows)
-        out += _per_sample(divergence, targets, packed.lengths)
-        done(len(group))
-    return out
-
-
-def _between(
-    base: AdaptedModel, model: AdaptedModel, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
-    """KL per row between two models in the Layout that the second one has in force."""
-    assert model.layout is not None
-    with base.using(replace(model.layout, spans=Spans())):
-        p, q = (one.hidden(ids, positions).index_select(0, rows) for one in (base, model))
-        _, divergence = kl_divergence(p, q, base_head(base), model.head_on(rows))
-    return divergence
+        bare = nullcontext() if base is None else base.using(replace(layout, spans=Spans()))
+        with bare, model.using(layout):
+            p = base_states(model, ids, positions, rows) if base is None else base.hidden(ids, positions)[rows]
+            q, head = model.hidden(ids, positions)[rows], model.head_on(rows)
+            loss_weights = torch.from_numpy(packed.weights[targets]).to(device)
+            _, nll = cross_entropy(q, ids[rows + 1], loss_weights, head)
+            _, divergence = kl_divergence(p, q, base_head(base or model), head)
+        nats += _per_sample(nll, targets, packed.lengths)
+        kl += _per_sample(divergence, targets, packed.lengths)
+        done(2 * len(group))
+    return nats, kl
 
 
 def _per_sample(values: torch.Tensor, targets: NDArray[np.int64], lengths: Sequence[int]) -> Losses:
