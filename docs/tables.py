@@ -114,12 +114,17 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
             digits = 3 if one and "nats" in one["unit"] else 1
             cell = f"{one['base']['value']:.{digits}f}" if one else ""
             row.append(cell + (f"; few-shot {few['value']:.{digits}f}" if few else ""))
-        rows.append([*row, "", ""])
+        rows.append([*row, "", "", ""])
+    few_shots = [result["card"]["target"]["few_shot"].get(first["target"]["main"]) for result in results.values()]
+    best_few = max((found["value"] for found in few_shots if found), default=0.0)
     for name, result in results.items():
         cells = [measure(result["card"], *column) for column in columns]
-        verdict = result["card"]["target"]["measures"][result["card"]["target"]["main"]]["verdict"]
-        rows.append([name, *(shown(cell) if cell else "" for cell in cells), verdict, cost(result)])
-    heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns), "target", "seconds"]
+        main = result["card"]["target"]["measures"][result["card"]["target"]["main"]]
+        gain = main["adapter"]["value"] - max(main["base"]["value"], best_few)
+        rows.append([name, *(shown(cell) if cell else "" for cell in cells), f"{gain:+.1f}", main["verdict"],
+                     cost(result)])  # fmt: skip
+    heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns),
+             f"{first['target']['main']} over the better base", "target", "seconds"]  # fmt: skip
     shown_in = f"![Gain against damage](img/{folder.name}.svg)"
     return f"### {folder.name}\n\n{' '.join(lead)}\n\n{shown_in}\n\n{markdown(heads, rows)}"
 
