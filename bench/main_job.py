@@ -26,6 +26,7 @@ from postil.data import DataOptions, load_data
 from postil.engine import Engine, Request
 from postil.files import write_json
 from postil.judging.scoring import mean_nats, row_losses, windows
+from postil.kernels.dense import instructions
 from postil.training import TrainOptions
 from postil.training.loop import run as run_training
 
@@ -105,7 +106,7 @@ def machine() -> dict[str, Any]:
     return {
         "commit": commit.stdout.strip(),
         "cpu": cpu,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from postil.adapter import AdaptedModel, LoraConfig, attach, detach
+from postil.adapter import AdaptedModel, LoraConfig, attach, detach, linear
 from postil.base import base_from_model, live_digest
 from postil.data import template_hash
 from postil.errors import AdapterError, BaseModelError, InternalError
+from postil.kernels.dense import op
 from postil.kernels.layout import Layout, Span, Spans, positions_of
 
 
@@ -55,6 +56,48 @@ def test_detaching_restores_every_bit_and_every_forward(lab: Any) -> None:
     assert torch.equal(lab.plain(base, lab.ids), bare)
     detach(attach(base, LoraConfig()))
     assert live_digest(base) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_cpu_without_16_bit_products_multiplies_in_float32(
+    name: str, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(known: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        widened = 0
+
+        def widens(x: torch.Tensor) -> bool:
+            nonlocal widened
+            widened += not known
+            return not known
+
+        monkeypatch.setattr(linear, "multiplies", lambda _dtype: known)
+        monkeypatch.setattr(op, "widens", widens)
+        base = lab.tiny(name).bfloat16()
+        own = {path: dict(vars(module)) for path, module in base.named_modules()}
+        model = attach(base, LoraConfig(target_modules=("attention",), bias="all"))
+        lab.scramble(model)
+        leaves = model.resident("default").keys
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        with model.using(Layout.packed((20,), Spans.of([Span(0, 20, model.resident("default").slot)]))):
+            ids = torch.arange(20)
+            loss, _, _ = model.loss(ids + 3, ids, (ids > 0) / 19)
+            loss.backward()
+        found = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+        detach(model)
+        assert {path: vars(module).keys() for path, module in base.named_modules()} == {
+            path: values.keys() for path, values in own.items()
+        }
+        return loss.detach(), found, widened
+
+    (loss, found, none), (other, wide, some) = gradients(known=True), gradients(known=False)
+    every = 2 * (2 * 4 + 1)  # forward and backward of the four or more linear layers of two blocks, and of the head
+    assert (none, some >= every) == (0, True)
+    torch.testing.assert_close(other, loss, rtol=1e-2, atol=1e-2)
+    assert found.keys() == wide.keys()
+    assert found
+    for key, grad in found.items():
+        assert float((wide[key] - grad).norm() / grad.norm()) < 0.1, key
 
 
 def test_a_model_that_the_user_loaded_is_frozen(lab: Any) -> None:

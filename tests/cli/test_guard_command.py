@@ -90,7 +90,7 @@ def test_a_run_that_spoils_everything_ends_in_an_error_and_no_adapter(
         (["--guard", "x"], "Invalid value for '--guard'"),
         (["--set", "training.gaurd=1"], "recipe: training: unknown key 'gaurd' (did you mean 'guard'?)"),
         (["--general", "nothing.jsonl"], "nothing.jsonl does not exist"),
-        (["--general", "ROWS"], "rows.jsonl has 20 bad lines."),
+        (["--general", "ROWS"], "rows.jsonl: no line can be read. the columns 'prompt', 'completion' are not known"),
         (["--general", "ONE", "--set", "training.kl_weight=1"], "has 1 document(s), and half of them are watched"),
     ],
 )

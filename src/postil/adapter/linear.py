@@ -15,6 +15,7 @@ from postil.adapter.targets import kind_of, sizes_of
 from postil.base import Nf4Linear
 from postil.errors import InternalError
 from postil.kernels.adapted_linear import Group, Projection, adapted_linear
+from postil.kernels.dense import matmul, matmul_t, multiplies
 from postil.kernels.layout import Spans
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -45,16 +46,33 @@ class DenseProjection:
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b."""
-        return F.linear(x, self.weight.T if self.conv1d else self.weight, self.bias)
+        return matmul(x, self.weight.T if self.conv1d else self.weight, self.bias)
 
     def matmul_t(self, g: torch.Tensor) -> torch.Tensor:
         """g W."""
-        return g @ (self.weight.T if self.conv1d else self.weight)
+        return matmul_t(g, self.weight.T if self.conv1d else self.weight)
 
 
 def projection_of(module: nn.Module) -> Projection:
     """A linear module as adapted_linear takes it; a 4-bit layer multiplies by itself."""
     return module if isinstance(module, Nf4Linear) else DenseProjection(module, kind_of(module) == "conv1d")
+
+
+def slow_projections(model: nn.Module) -> list[tuple[nn.Module, Projection]]:
+    """The dense linear modules whose dtype this CPU multiplies slowly by torch's own forward."""
+    found = [
+        module
+        for module in model.modules()
+        if kind_of(module) in ("linear", "conv1d")
+        and not isinstance(module, Nf4Linear)
+        and "forward" not in vars(module)
+    ]
+    weights = [DenseProjection(module, kind_of(module) == "conv1d").weight for module in found]
+    return [
+        (module, projection_of(module))
+        for module, weight in zip(found, weights, strict=True)
+        if weight.device.type == "cpu" and not multiplies(weight.dtype)
+    ]
 
 
 @dataclass(slots=True)

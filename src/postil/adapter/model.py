@@ -23,7 +23,14 @@ from postil.adapter.layers import (
     per_sequence_rotary,
     wrapped_layer,
 )
-from postil.adapter.linear import AdaptedEmbedding, ReplacedModule, SharedInput, groups_of, projection_of
+from postil.adapter.linear import (
+    AdaptedEmbedding,
+    ReplacedModule,
+    SharedInput,
+    groups_of,
+    projection_of,
+    slow_projections,
+)
 from postil.adapter.targets import (
     Coverage,
     Target,
@@ -74,6 +81,8 @@ class AdaptedModel:
         self._attention = attention_modules(self.model)
         for module in self._attention:
             module.__dict__[OWNER] = self
+        for module, projection in slow_projections(self.model):
+            self._stand_in(module, projection.matmul)
         for layer in decoder_layers(self.model)[1]:
             self._stand_in(layer, wrapped_layer(self, layer.forward))
         for rotary in length_dependent_rotaries(self.model):

@@ -34,6 +34,8 @@ def machine_facts() -> dict[str, str]:
 
     import torch
 
+    from postil.kernels.dense import instructions, multiplies
+
     pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
     memory = f"{pages * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB" if pages else "unknown"
     return {
@@ -41,10 +43,12 @@ def machine_facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "transformers": version("transformers"),
-        "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{platform.machine()}, torch uses {instructions()}",
         "memory": memory,
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "adapted_linear": "plain torch, one autograd node per group (no native kernel is built yet)",
+        "dense": "torch's own products"
+        + ("" if multiplies(torch.bfloat16) else ", bfloat16 in float32 tiles: this CPU has no such instructions"),
         "attention": "torch's fused kernel per sequence, in float32 on the CPU; one batched product when decoding",
         "loss": "chunked through the head, gradient in the forward pass",
     }

@@ -15,6 +15,7 @@ from postil.base import Base
 from postil.base.cache import cache_directory
 from postil.errors import StorageError
 from postil.files import write_text
+from postil.kernels.dense import instructions
 
 Value = TypeVar("Value")
 
@@ -37,7 +38,7 @@ class Memory:
             fingerprint = base.fingerprint()
             told = [_FORMAT, fingerprint.source, fingerprint.form, str(base.dtype), _tokenizer(base)]
             told += [f"{name} {version(name)}" for name in _VERSIONS]
-            told += [str(base.device), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+            told += [str(base.device), instructions(), str(torch.get_num_threads())]
             if base.device.type == "cuda":
                 told += [torch.cuda.get_device_name(base.device), str(torch.version.cuda)]
             told.append(torch.get_float32_matmul_precision())

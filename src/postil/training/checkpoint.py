@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from postil.errors import RunError
 from postil.files import atomic_directory, remove_leftovers, sha256_file, write_json
+from postil.kernels.dense import instructions
 from postil.training.optimizer import AdamW
 
 TENSORS, MANIFEST = "state.safetensors", "manifest.json"
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
     """What decides the bytes beside recipe and data: another machine continues, with other bytes."""
     return {
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "torch": torch.__version__,
         "processor": platform.machine(),
     }

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch.autograd.function import once_differentiable
 
 from postil.errors import BaseModelError, InternalError, listed
+from postil.kernels.dense import widens
 from postil.kernels.nf4.codes import BINS, ZERO_CODE, nf4_midpoints, nf4_pairs, scale_bins, scale_codes
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes takes
@@ -182,30 +183,33 @@ class _MatmulT(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, w: Nf4Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    y = x.new_empty(x.shape[0], w.shape[0])
+    rows = x.float() if widens(x) else x
+    y = rows.new_empty(x.shape[0], w.shape[0])
     if not x.shape[0]:
-        return y
+        return y.to(x.dtype)
     for start, end, tile in _row_tiles(w, x.dtype, 0, w.shape[0]):
+        tile = tile.to(rows.dtype)
         if bias is None:
-            torch.mm(x, tile.T, out=y[:, start:end])
+            torch.mm(rows, tile.T, out=y[:, start:end])
         else:
-            torch.addmm(bias[start:end], x, tile.T, out=y[:, start:end])
-    return y
+            torch.addmm(bias[start:end].to(rows.dtype), rows, tile.T, out=y[:, start:end])
+    return y.to(x.dtype)
 
 
 def _product_t(g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
     d_out, d_in = w.shape
     if not g.shape[0]:
         return g.new_empty(0, d_in)
+    rows = g.float() if widens(g) else g
     if d_in % w.blocksize:  # blocks straddle rows: sum over tiles of rows, in float32 or better
         total = g.new_zeros(g.shape[0], d_in, dtype=torch.promote_types(g.dtype, torch.float32))
         for start, end, tile in _row_tiles(w, g.dtype, 0, d_out):
-            total += g[:, start:end] @ tile
+            total += rows[:, start:end] @ tile.to(rows.dtype)
         return total.to(g.dtype)
-    dx = g.new_empty(g.shape[0], d_in)
+    dx = rows.new_empty(g.shape[0], d_in)
     for start, end, tile in _column_tiles(w, g.dtype):  # each column's sum over all d_out in one product
-        torch.mm(g, tile, out=dx[:, start:end])
-    return dx
+        torch.mm(rows, tile.to(rows.dtype), out=dx[:, start:end])
+    return dx.to(g.dtype)
 
 
 def _row_tiles(w: Nf4Weight, dtype: torch.dtype, start: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:

@@ -1,0 +1,102 @@
+"""matmul and matmul_t: x W^T + b and g W with a dense frozen W, in float32 where a CPU multiplies 16 bits slowly.
+
+A CPU without 16-bit products (most laptops: no AVX512-BF16, no AMX) takes three to six times as long in bfloat16
+as in float32. A product of two bfloat16 or float16 values is exact in float32, so cast tile by tile, summed in
+float32 and rounded once, the result is what such instructions would give, up to the order of the sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch.autograd.function import once_differentiable
+
+TILE_VALUES = 2**20  # of a weight cast at a time: 4 MiB in float32
+WIDE_ROWS = 16  # with fewer rows casting the weight takes longer than it saves (bench/LOG.md)
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products of `dtype` (other processors than x86: as torch does)."""
+    if dtype not in (torch.bfloat16, torch.float16) or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if dtype == torch.float16:
+        built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return bool(built and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return any(getattr(torch.cpu, name)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def instructions() -> str:
+    """What this processor multiplies with, on which the last bits of results depend: `AVX512, bfloat16`."""
+    own = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16) if multiplies(dtype)]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *own])
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether products of these rows [..., d] are made in float32."""
+    return x.device.type == "cpu" and x.numel() >= WIDE_ROWS * x.shape[-1] > 0 and not multiplies(x.dtype)
+
+
+def matmul(
+    x: Float[torch.Tensor, "*n d_in"],
+    weight: Float[torch.Tensor, "d_out d_in"],
+    bias: Float[torch.Tensor, " d_out"] | None = None,
+) -> Float[torch.Tensor, "*n d_out"]:
+    """x W^T + b in x's dtype, that of the weight; gradients flow to x (and, by torch, to a W or b that wants one)."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or weight.dtype != x.dtype or not widens(x):
+        return F.linear(x, weight, bias)
+    y: torch.Tensor = _Matmul.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def matmul_t(
+    g: Float[torch.Tensor, "*n d_out"], weight: Float[torch.Tensor, "d_out d_in"]
+) -> Float[torch.Tensor, "*n d_in"]:
+    """g W in g's dtype; no gradient flows (the backward pass of `matmul`, and of the ops that stand on it)."""
+    return _product_t(g, weight) if weight.dtype == g.dtype and widens(g) else g @ weight
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight  # read again in the backward pass, never copied
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        return matmul_t(g, ctx.weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1]).float()
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    for start, end, tile in _tiles(weight):
+        torch.mm(rows, tile.T, out=y[:, start:end])
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _product_t(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows = g.reshape(-1, g.shape[-1]).float()
+    dx = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for start, end, tile in _tiles(weight):
+        dx.addmm_(rows[:, start:end], tile)
+    return dx.to(g.dtype).view(*g.shape[:-1], weight.shape[1])
+
+
+def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(from row, to row, these rows in float32)."""
+    d_out, d_in = weight.shape
+    step = max(TILE_VALUES // max(d_in, 1), 1)
+    for start in range(0, d_out, step):
+        end = min(start + step, d_out)
+        yield start, end, weight[start:end].float()
