@@ -19,9 +19,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor without 16-bit products, whatever this one is, and small tiles."""
+    """A processor without 16-bit products, whatever this one is, and small tiles and blocks of rows."""
     monkeypatch.setattr(op, "multiplies", lambda dtype: dtype not in HALF)
     monkeypatch.setattr(op, "TILE_VALUES", 100)
+    monkeypatch.setattr(op, "BLOCK_ROWS", 10)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

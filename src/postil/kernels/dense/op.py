@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch.autograd.function import once_differentiable
 
 TILE_VALUES = 2**20  # of a weight cast at a time: 4 MiB in float32
+BLOCK_ROWS = 1024  # rows of x cast at a time
 WIDE_ROWS = 16  # with fewer rows casting the weight takes longer than it saves (bench/LOG.md)
 
 
@@ -75,28 +77,52 @@ class _Matmul(torch.autograd.Function):
         return matmul_t(g, ctx.weight) if ctx.needs_input_grad[0] else None, None, None
 
 
+@torch.no_grad()
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float()
-    y = rows.new_empty(rows.shape[0], weight.shape[0])
-    for start, end, tile in _tiles(weight):
-        torch.mm(rows, tile.T, out=y[:, start:end])
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for rows, out in _blocks(x, y):
+        wide = _memory("rows", *rows.shape).copy_(rows)
+        for start, end, tile in _tiles(weight):
+            part = torch.mm(wide, tile.T, out=_memory("out", len(rows), end - start))
+            out[:, start:end] = part if bias is None else part.add_(bias[start:end])  # rounded on the way
+    return y
 
 
+@torch.no_grad()
 def _product_t(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    rows = g.reshape(-1, g.shape[-1]).float()
-    dx = rows.new_zeros(rows.shape[0], weight.shape[1])
-    for start, end, tile in _tiles(weight):
-        dx.addmm_(rows[:, start:end], tile)
-    return dx.to(g.dtype).view(*g.shape[:-1], weight.shape[1])
+    dx = g.new_empty(*g.shape[:-1], weight.shape[1])
+    for rows, out in _blocks(g, dx):
+        total = _memory("out", *out.shape).zero_()
+        for start, end, tile in _tiles(weight):
+            total.addmm_(_memory("rows", len(rows), end - start).copy_(rows[:, start:end]), tile)
+        out.copy_(total)
+    return dx
+
+
+def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks of the rows of x and the same rows of y, a new contiguous tensor."""
+    flat = (tensor.reshape(-1, tensor.shape[-1]).split(BLOCK_ROWS) for tensor in (x, y))
+    return zip(*flat, strict=True)
 
 
 def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(from row, to row, these rows in float32)."""
+    """(from row, to row, these rows in float32): the values' memory is written again by the next tile."""
     d_out, d_in = weight.shape
     step = max(TILE_VALUES // max(d_in, 1), 1)
     for start in range(0, d_out, step):
         end = min(start + step, d_out)
-        yield start, end, weight[start:end].float()
+        yield start, end, _memory("tile", end - start, d_in).copy_(weight[start:end])
+
+
+def _memory(use: str, rows: int, columns: int) -> torch.Tensor:
+    """This thread's float32 memory [rows, columns] for one use, kept: made anew in every product it tears holes in
+    the heap, 15% of a training step's peak (bench/LOG.md)."""
+    known: torch.Tensor | None = getattr(_kept, use, None)
+    if known is None or known.numel() < rows * columns:
+        with torch.inference_mode(mode=False):
+            known = torch.empty(rows * columns, dtype=torch.float32)
+        setattr(_kept, use, known)
+    return known[: rows * columns].view(rows, columns)
+
+
+_kept = threading.local()

@@ -184,16 +184,18 @@ class _MatmulT(torch.autograd.Function):
 
 def _product(x: torch.Tensor, w: Nf4Weight, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.float() if widens(x) else x
-    y = rows.new_empty(x.shape[0], w.shape[0])
+    y = x.new_empty(x.shape[0], w.shape[0])
     if not x.shape[0]:
-        return y.to(x.dtype)
+        return y
     for start, end, tile in _row_tiles(w, x.dtype, 0, w.shape[0]):
-        tile = tile.to(rows.dtype)
-        if bias is None:
-            torch.mm(rows, tile.T, out=y[:, start:end])
+        if rows is not x:
+            part = rows @ tile.float().T
+            y[:, start:end] = part if bias is None else part.add_(bias[start:end])  # rounded on the way
+        elif bias is None:
+            torch.mm(x, tile.T, out=y[:, start:end])
         else:
-            torch.addmm(bias[start:end].to(rows.dtype), rows, tile.T, out=y[:, start:end])
-    return y.to(x.dtype)
+            torch.addmm(bias[start:end], x, tile.T, out=y[:, start:end])
+    return y
 
 
 def _product_t(g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
@@ -206,10 +208,13 @@ def _product_t(g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
         for start, end, tile in _row_tiles(w, g.dtype, 0, d_out):
             total += rows[:, start:end] @ tile.to(rows.dtype)
         return total.to(g.dtype)
-    dx = rows.new_empty(g.shape[0], d_in)
+    dx = g.new_empty(g.shape[0], d_in)
     for start, end, tile in _column_tiles(w, g.dtype):  # each column's sum over all d_out in one product
-        torch.mm(rows, tile.to(rows.dtype), out=dx[:, start:end])
-    return dx.to(g.dtype)
+        if rows is g:
+            torch.mm(g, tile, out=dx[:, start:end])
+        else:
+            dx[:, start:end] = rows @ tile.float()
+    return dx
 
 
 def _row_tiles(w: Nf4Weight, dtype: torch.dtype, start: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
