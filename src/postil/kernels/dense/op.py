@@ -101,7 +101,7 @@ def _product_t(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Blocks of the rows of x and the same rows of y, a new contiguous tensor."""
-    flat = (tensor.reshape(-1, tensor.shape[-1]).split(BLOCK_ROWS) for tensor in (x, y))
+    flat = (torch.split(tensor.reshape(-1, tensor.shape[-1]), BLOCK_ROWS) for tensor in (x, y))
     return zip(*flat, strict=True)
 
 
