@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,21 @@ def test_of_two_processes_at_one_alias_one_wins(tmp_path: Path) -> None:
     for number in range(30):
         assert store.aliases(f"name{number}") == {"live": A if number in won[0] else B}
         assert len(store.log(f"name{number}")) == 1
+
+
+def test_a_registry_that_appears_while_it_is_looked_for_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, plain = DirectoryStore(tmp_path / "registry"), Path.iterdir
+
+    def late(path: Path) -> Iterator[Path]:
+        if path != store.root:
+            return plain(path)
+        (path / "aliases").mkdir(parents=True)  # another process's, its marker not yet written
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    store.check_own()
 
 
 def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path: Path, judged: Judged) -> None:

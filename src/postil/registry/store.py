@@ -194,12 +194,14 @@ class DirectoryStore:
     def check_own(self) -> None:
         """As check, but what does not exist yet, or holds nothing, may become a registry."""
         try:
-            fresh = self.root.is_dir() and all(path.name[0] == "." for path in self.root.iterdir())
+            names = [path.name for path in self.root.iterdir()]  # one look: a first writer may be at it meanwhile
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            return self.check()
         except OSError as problem:
             raise RegistryError(f"{self.root} cannot be read ({problem.strerror}); name another --registry") from None
-        if fresh:
-            return  # empty, or a first writer is at it
-        if self.root.exists():
+        if any(name[0] != "." for name in names):
             self.check()
 
     @contextmanager
