@@ -198,7 +198,8 @@ class DirectoryStore:
         except FileNotFoundError:
             return
         except NotADirectoryError:
-            return self.check()
+            self.check()
+            return
         except OSError as problem:
             raise RegistryError(f"{self.root} cannot be read ({problem.strerror}); name another --registry") from None
         if any(name[0] != "." for name in names):
