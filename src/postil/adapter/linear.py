@@ -58,20 +58,19 @@ def projection_of(module: nn.Module) -> Projection:
     return module if isinstance(module, Nf4Linear) else DenseProjection(module, kind_of(module) == "conv1d")
 
 
-def slow_projections(model: nn.Module) -> list[tuple[nn.Module, Projection]]:
+def slow_projections(model: nn.Module) -> list[tuple[nn.Module, DenseProjection]]:
     """The dense linear modules whose dtype this CPU multiplies slowly by torch's own forward."""
-    found = [
-        module
+    dense = [
+        (module, DenseProjection(module, kind == "conv1d"))
         for module in model.modules()
-        if kind_of(module) in ("linear", "conv1d")
+        if (kind := kind_of(module)) in ("linear", "conv1d")
         and not isinstance(module, Nf4Linear)
         and "forward" not in vars(module)
     ]
-    weights = [DenseProjection(module, kind_of(module) == "conv1d").weight for module in found]
     return [
-        (module, projection_of(module))
-        for module, weight in zip(found, weights, strict=True)
-        if weight.device.type == "cpu" and not multiplies(weight.dtype)
+        (module, projection)
+        for module, projection in dense
+        if projection.weight.device.type == "cpu" and not multiplies(projection.weight.dtype)
     ]
 
 
