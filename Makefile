@@ -23,9 +23,12 @@ help: ## list these tasks
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Another Python: make test PYTHON=python3.12    Some tests: make test PYTEST_ARGS='-k pack'"
 
+# A process for each core, of one thread each: the models of the tests are too small to share.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+
 test: check base ## all checks, then every test
 	@echo "postil: tests"
-	@$(BIN)/python -m pytest --durations=10 --durations-min=1 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 --durations-min=1 $(WORKERS) $(PYTEST_ARGS)
 
 demo: base ## train three adapters, score them, answer with all in one batch, write a report
 	@$(BIN)/postil demo
