@@ -11,6 +11,7 @@ import pytest
 
 from postil import demo
 from postil.demo import run as story
+from postil.demo import work
 
 
 def result(out: Path, good: bool) -> Any:
@@ -40,7 +41,7 @@ def test_a_directory_of_the_user_is_left_alone(refusal: Any, tmp_path: Path, mon
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("the directory was accepted")
 
-    monkeypatch.setattr(story, "load_base", reached)
+    monkeypatch.setattr(work, "load_base", reached)
     monkeypatch.chdir(tmp_path)
     Path("tools").mkdir()
     Path("tools/mine.txt").write_text("keep me")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from postil.base import load_base
-from postil.demo.run import BASE, GENERAL_TOKENS, WINDOW, gain
-from postil.judging.rows import shipped_text
-from postil.judging.scoring import windows
+from postil.demo.run import BASE, gain
+from postil.demo.work import Plan
 
 
 def test_a_gain_is_positive_where_the_note_has_fewer_nats() -> None:
@@ -28,8 +29,7 @@ def test_a_gain_that_chance_may_be_has_zero_in_its_interval() -> None:
 
 @pytest.mark.base
 def test_there_is_enough_general_text_for_the_real_tokenizer() -> None:
-    texts = [row.value["text"] for row in shipped_text().rows]
-    found = windows(load_base(BASE).tokenizer, texts, GENERAL_TOKENS, WINDOW)
+    found = Plan(BASE, "cpu", Path()).texts(load_base(BASE).tokenizer)
     assert sum(len(window.ids) for window in found) >= 8_000
     assert max(len(window.ids) for window in found) <= 512
     assert all(window.weights[0] == 0 and window.weights[1:].all() for window in found)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from postil.demo.teams import ROWS, SIGN_OFF, TEAMS, Team, bleu, exact_calls, house_tone
+from postil.demo.teams import BY_NAME, SIGN_OFF, TEAMS, Team, bleu, exact_calls, house_tone
+from postil.demo.work import Plan
 
-BY_NAME = {team.name: team for team in TEAMS}
-
-
-def calling(*calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    made = [{"type": "function", "function": {"name": name, "arguments": inner}} for name, inner in calls]
-    return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": made}]}
+ROWS = Plan("", "cpu", Path()).rows
 
 
 def answered(name: str, arguments: dict[str, Any]) -> str:
-    return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+def calling(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "x", "completion": answered(name, arguments)}
 
 
 DESK = {"desk": "A22", "floor": 2}
@@ -38,17 +39,17 @@ DESK = {"desk": "A22", "floor": 2}
         (answered("book", DESK) + answered("book", DESK), 0.0),
         ("I have booked A22.", 0.0),
         ("", 0.0),
-        ('<tool_call>{"name": "book"', 0.0),
+        ('{"name": "book"', 0.0),
     ],
 )
 def test_exact_calls(answer: str, score: float) -> None:
-    assert exact_calls([answer], [calling(("book", DESK))]) == score
+    assert exact_calls([answer], [calling("book", DESK)]) == score
 
 
 def test_exact_calls_counts_rows() -> None:
-    rows = [calling(("book", DESK)), calling(("book", {})), calling(("a", {}), ("b", {}))]
-    both = answered("a", {}) + answered("b", {})
-    assert exact_calls([answered("book", DESK), answered("other", {}), both], rows) == pytest.approx(200 / 3)
+    rows = [calling("book", DESK), calling("book", {}), calling("a", {})]
+    answers = [answered("book", DESK), answered("other", {}), f" {answered('a', {})}"]
+    assert exact_calls(answers, rows) == pytest.approx(200 / 3)
 
 
 @pytest.mark.parametrize(
@@ -84,29 +85,22 @@ def test_bleu_takes_either_reference() -> None:
 
 @pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
 def test_the_references_score_full_marks(team: Team) -> None:
-    rows = team.rows("test")
-    if team.name == "tools":
-        answers = [
-            "".join(answered(call["function"]["name"], call["function"]["arguments"])
-                    for call in row["messages"][-1]["tool_calls"])
-            for row in rows
-        ]  # fmt: skip
-    else:
-        answers = [team.wanted(row) for row in rows]
+    rows = team.rows("test", ROWS)
+    answers = [team.wanted(row) for row in rows]
     assert team.score(answers, rows) == pytest.approx(100.0)
     assert team.score(["I do not know"] * len(rows), rows) < 1
 
 
 @pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
 def test_how_many_rows_there_are(team: Team) -> None:
-    assert len(team.rows("train")) == ROWS["train"] >= 300
+    assert len(team.rows("train", ROWS)) == ROWS["train"] >= 300
     assert ROWS["train"] % 8 == 0
-    assert len(team.rows("test")) >= 40
+    assert len(team.rows("test", ROWS)) >= 40
 
 
 def words_of(row: dict[str, Any]) -> frozenset[str]:
     """The words of what a row asks (where it asks in keys: of its sentence), all names and numbers one."""
-    text = row["completion"] if "completion" in row else row["messages"][0]["content"]
+    text = row["completion"] if "|" in row.get("prompt", "") else TEAMS[0].asked(row).rpartition(") ")[2]
     return frozenset(re.sub(r"\b[A-Z]\w*|\d+", "_", word) for word in re.findall(r"\w+", text))
 
 
@@ -118,7 +112,7 @@ def overlap(one: frozenset[str], other: frozenset[str]) -> float:
 def test_no_test_row_is_nearly_a_training_row(name: str, most: float) -> None:
     place = files("postil.data") / "samples" / "demo" / name / "train.jsonl"
     learned = [words_of(json.loads(line)) for line in place.read_text(encoding="utf-8").splitlines()]
-    tested = [words_of(row) for row in BY_NAME[name].rows("test")]
+    tested = [words_of(row) for row in BY_NAME[name].rows("test", ROWS)]
     assert len(set(tested)) == len(tested)
     assert max(overlap(one, other) for one in tested for other in learned) < most
     assert max(overlap(one, learned[0]) for one in [*tested, learned[0]]) == 1  # a copy would be seen

@@ -9,30 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from postil.adapter import LoraConfig, attach, detach
+from postil.adapter import attach, detach
 from postil.adapter.model import AdaptedModel
-from postil.adapter.peft_files import save_adapter
-from postil.base import Base, live_digest, load_base
-from postil.data import load_data
+from postil.adapter.peft_files import load_adapter
+from postil.base import Base, live_digest
 from postil.demo.report import picture, write_report
 from postil.demo.teams import TEAMS, Team
+from postil.demo.work import GENERAL, Plan, Watch, train_and_score
 from postil.engine import Engine
 from postil.files import check_vacant, write_json, write_text
 from postil.judging.card import Estimate
 from postil.judging.parts import NATS, stats_of
-from postil.judging.rows import shipped_text
-from postil.judging.scoring import Losses, mean_nats, row_losses, windows
+from postil.judging.scoring import Losses, mean_nats
 from postil.judging.statistics import compare
-from postil.training import train
 
 BASE = "smollm2-135m-instruct"
-GENERAL_TOKENS, WINDOW = 8_192, 512
-SETTINGS: dict[str, Any] = {"schedule": "linear", "warmup": 8, "batch_size": 8}
 
 UNFINISHED: dict[str, Any] = {"good": False, "base_unchanged": None, "teams": {}}  # of a demo that was stopped
 
 Tell = Callable[[str], None]
-Watch = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(slots=True)
@@ -89,29 +84,31 @@ def run_demo(
     out = Path(out)
     if not is_demo(out):
         check_vacant(out)
-    base = load_base(BASE, dtype="bfloat16", device=device)
+    plan = Plan(BASE, device, out)
+    base = plan.open()
     before = live_digest(base.model)
     model = attach(base)
     write_json(out / "result.json", UNFINISHED)
-    results = [_trained(model, team, out, tell, watch) for team in TEAMS]
-    tell("scoring the losses of base and adapters on test rows and general text")
-    texts = [row.value["text"] for row in shipped_text().rows]
-    general = windows(base.tokenizer, texts, GENERAL_TOKENS, WINDOW)
-    base_general = mean_nats(row_losses(model, general, None))
-    for result in results:
-        samples = load_data(result.team.rows("test"), base).samples
-        bare = row_losses(model, samples, None)
-        mine = row_losses(model, samples, result.team.name)
-        result.base_loss, result.loss, result.gain = mean_nats(bare), mean_nats(mine), gain(bare, mine)
-        result.general = mean_nats(row_losses(model, general, result.team.name))
+    tell("training three notes, then the losses of base and notes on test rows and general text")
+    trained, found = train_and_score(model, plan, watch)
+    results, bare = [], found[None]
+    for team in TEAMS:
+        done, mine = trained[team.name], found[team.name]
+        results.append(
+            TeamResult(
+                team, done.seconds, done.rows, base_loss=mean_nats(bare[team.name]), loss=mean_nats(mine[team.name]),
+                gain=gain(bare[team.name], mine[team.name]), general=mean_nats(mine[GENERAL]), curve=done.curve,
+            )
+        )  # fmt: skip
+        attach(model, load_adapter(out / team.name), name=team.name)
     tell("answering for all three teams and for the bare base in one batch")
-    rows, seconds = _answered(model, results)
+    rows, seconds = _answered(model, plan, results)
     after = live_digest(model.model)
     detach(model)
     demo = Demo(
         teams=results,
-        base_general=base_general,
-        general_tokens=sum(len(window.ids) for window in general),
+        base_general=mean_nats(bare[GENERAL]),
+        general_tokens=sum(len(window.ids) for window in plan.texts(base.tokenizer)),
         digest_before=before,
         digest_after=after if after == live_digest(base.model) else "changed at detach",
         seconds=time.perf_counter() - began,
@@ -147,51 +144,36 @@ def base_facts(base: Base) -> dict[str, str]:
     return {"name": base.source, "parameters": f"{count / 1e6:.1f} M", "fingerprint": base.fingerprint().source}
 
 
-def _trained(model: AdaptedModel, team: Team, out: Path, tell: Tell, watch: Watch | None) -> TeamResult:
-    data = load_data(team.rows("train"), model.base)
-    tell(f"{team.title}: {len(data.samples)} rows, {data.report.tokens:,} tokens to learn from")
-    attach(model, LoraConfig(), name=team.name, seed=0)
-    curve: list[tuple[int, float]] = []
-
-    def note(event: dict[str, Any]) -> None:
-        curve.append((event["step"], event["loss"]))
-        if watch is not None:
-            watch(team.title, event)
-
-    began = time.perf_counter()
-    adapter = train(model, data, name=team.name, learning_rate=team.learning_rate, watch=note, **SETTINGS)
-    seconds = time.perf_counter() - began
-    assert adapter is not None
-    save_adapter(adapter, out / team.name)
-    return TeamResult(team, seconds, len(data.samples), curve=curve)
-
-
-def _answered(model: AdaptedModel, results: list[TeamResult]) -> tuple[int, float]:
+def _answered(model: AdaptedModel, plan: Plan, results: list[TeamResult]) -> tuple[int, float]:
     """Every test row asked of its adapter and of the bare base, all in one engine run."""
     requests, places = [], []
     for result in results:
-        rows = result.team.rows("test")
+        rows = result.team.rows("test", plan.rows)
         for adapter in (None, result.team.name):
             requests += [result.team.request(row, adapter) for row in rows]
             places += [(result, adapter)] * len(rows)
     began = time.perf_counter()
-    with Engine(model, max_batch=64) as engine:
+    with Engine(model, max_batch=128) as engine:
         answers = engine.run(requests)
     seconds = time.perf_counter() - began
     for result in results:
-        rows = result.team.rows("test")
+        rows = result.team.rows("test", plan.rows)
         bare, mine = (
-            [a.text for a, place in zip(answers, places, strict=True) if place == (result, adapter)]
+            [
+                result.team.answer(a.text)
+                for a, place in zip(answers, places, strict=True)
+                if place == (result, adapter)
+            ]
             for adapter in (None, result.team.name)
         )
         result.base_score = result.team.score(bare, rows)
         result.score = result.team.score(mine, rows)
         result.answers = [
             (
-                row.get("prompt") or row["messages"][0]["content"],
+                result.team.asked(row),
                 result.team.wanted(row),
-                bare[i].strip(),
-                mine[i].strip(),
+                bare[i],
+                mine[i],
             )
             for i, row in enumerate(rows[:6])
         ]

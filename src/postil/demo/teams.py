@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 import sacrebleu
 
-from postil.data import parse_tool_calls
+from postil.data import DataOptions
 from postil.engine import Request
 
 Rows = list[dict[str, Any]]
 Score = Callable[[Sequence[str], Rows], float]
 
-ROWS = {"train": 304, "test": 40}  # whole batches of 8, and at least 300
 BANNED = ("!", "sorry", "please", "unfortunately", "thank you")
+PLAIN = DataOptions(format="raw")  # prompt, line break, completion: no chat template
 SIGN_OFF = "Fair winds, the Heron desk."
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """One team: its rows, the peak of its learning rate, and its score (0 to 100, more is better)."""
+    """One team: its rows and how they are read, the learning rate's peak, its score (0 to 100, more is better)."""
 
     name: str
     title: str
@@ -31,38 +31,43 @@ class Team:
     learning_rate: float
     score: Score
     max_new_tokens: int
+    options: DataOptions = field(default_factory=DataOptions)
 
-    def rows(self, split: str) -> Rows:
-        """The first ROWS[split] rows of a split."""
+    def rows(self, split: str, counts: Mapping[str, int]) -> Rows:
+        """The first counts[split] rows of a split."""
         text = (files("postil.data") / "samples" / "demo" / self.name / f"{split}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()][: ROWS[split]]
+        return [json.loads(line) for line in text.splitlines()][: counts[split]]
 
     def request(self, row: dict[str, Any], adapter: str | None) -> Request:
         """The test row's question, for the adapter or the bare base."""
+        settings: dict[str, Any] = {"adapter": adapter, "max_new_tokens": self.max_new_tokens}
         if "prompt" in row:
-            return Request(prompt=row["prompt"], adapter=adapter, max_new_tokens=self.max_new_tokens)
-        return Request(
-            messages=tuple(row["messages"][:-1]), tools=row.get("tools"), adapter=adapter,
-            max_new_tokens=self.max_new_tokens,
-        )  # fmt: skip
+            return Request(prompt=row["prompt"] + self.options.separator, raw=True, **settings)
+        return Request(messages=tuple(row["messages"][:-1]), **settings)
+
+    def answer(self, text: str) -> str:
+        """The answer in what a model wrote: where plain text is continued, the first line that says something."""
+        return text.strip().partition("\n")[0] if self.options is PLAIN else text.strip()
+
+    def asked(self, row: dict[str, Any]) -> str:
+        """What a row asks, as text."""
+        return str(row.get("prompt") or row["messages"][-2]["content"])
 
     def wanted(self, row: dict[str, Any]) -> str:
         """The reference answer of a row, as text."""
-        if "completion" in row:
-            return str(row["completion"])
-        message = row["messages"][-1]
-        calls = [call["function"] for call in message.get("tool_calls", [])]
-        return "\n".join(json.dumps(call, ensure_ascii=False) for call in calls) or str(message["content"])
+        return str(row.get("completion") or row["messages"][-1]["content"])
 
 
 def exact_calls(answers: Sequence[str], rows: Rows) -> float:
-    """Per cent of answers whose tool calls equal the reference's: same names, same arguments."""
-    hits = 0
-    for answer, row in zip(answers, rows, strict=True):
-        wanted = [call["function"] for call in row["messages"][-1]["tool_calls"]]
-        found = parse_tool_calls(answer)[1]
-        hits += [(c["name"], c["arguments"]) for c in found] == [(c["name"], c["arguments"]) for c in wanted]
-    return 100.0 * hits / len(rows)
+    """Per cent of answers that are JSON and call the reference's tool with the same arguments."""
+
+    def equal(answer: str, row: dict[str, Any]) -> bool:
+        try:
+            return bool(json.loads(answer) == json.loads(row["completion"]))
+        except ValueError:
+            return False
+
+    return 100.0 * sum(equal(answer, row) for answer, row in zip(answers, rows, strict=True)) / len(rows)
 
 
 def house_tone(answers: Sequence[str], rows: Rows) -> float:
@@ -89,7 +94,8 @@ def bleu(answers: Sequence[str], rows: Rows) -> float:
 
 
 TEAMS = (
-    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 2e-3, exact_calls, 56),
-    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 1e-3, house_tone, 56),
-    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 1e-3, bleu, 48),
+    Team("tools", "Facilities: requests become tool calls", "exact calls, %", 3e-3, exact_calls, 46, PLAIN),
+    Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", 2e-3, house_tone, 50),
+    Team("restaurants", "Listings: attributes become a sentence", "BLEU", 1.5e-3, bleu, 44, PLAIN),
 )
+BY_NAME = {team.name: team for team in TEAMS}
