@@ -21,14 +21,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list these tasks
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Another Python: make test PYTHON=python3.12    Some tests: make test PYTEST_ARGS='-k pack'"
+	@echo "Another Python: make test PYTHON=python3.12    Some tests: make test PYTEST_ARGS='-k pack'    On more cores: make test WORKERS=8"
 
-# A process for each core, of one thread each: the models of the tests are too small to share.
-WORKERS := -n auto --maxprocesses 8 --dist worksteal
+# Processes of one thread each: the models of the tests are too small to share.
+WORKERS ?= 2
 
 test: check base ## all checks, then every test
 	@echo "postil: tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 --durations-min=1 $(WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 --durations-min=1 -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 demo: base ## train three adapters, score them, answer with all in one batch, write a report
 	@$(BIN)/postil demo

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from postil.base import load_base
+from postil.data import load_data
+from postil.demo.run import BASE
 from postil.demo.teams import BY_NAME, SIGN_OFF, TEAMS, Team, bleu, exact_calls, house_tone
 from postil.demo.work import Plan
+from postil.engine.request import prompt_ids
 
 ROWS = Plan("", "cpu", Path()).rows
 
@@ -116,3 +120,25 @@ def test_no_test_row_is_nearly_a_training_row(name: str, most: float) -> None:
     assert len(set(tested)) == len(tested)
     assert max(overlap(one, other) for one in tested for other in learned) < most
     assert max(overlap(one, learned[0]) for one in [*tested, learned[0]]) == 1  # a copy would be seen
+
+
+@pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
+def test_the_page_beside_the_rows_counts_them(team: Team) -> None:
+    place = files("postil.data") / "samples" / "demo" / team.name
+    page = (place / "README.md").read_text(encoding="utf-8")
+    for split in ("train", "test"):
+        count = len((place / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        assert re.search(rf"`{split}.jsonl` {count}\b", page), split
+
+
+@pytest.mark.base
+@pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
+def test_a_request_asks_what_training_showed(team: Team) -> None:
+    base = load_base(BASE)
+    row = team.rows("test", ROWS)[0]
+    (sample,) = load_data([row], base, team.options).samples
+    asked = prompt_ids(team.request(row, None), 1, base.tokenizer)
+    assert list(sample.ids[: len(asked)]) == list(asked)
+    assert not sample.weights[: len(asked)].any()
+    assert sample.weights[len(asked)] == 1
+    assert team.answer(f"\n {team.wanted(row)}\nmore") == team.wanted(row) + ("" if team.name != "tone" else "\nmore")

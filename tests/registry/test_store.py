@@ -107,16 +107,24 @@ def test_of_two_processes_at_one_alias_one_wins(tmp_path: Path) -> None:
 def test_a_registry_that_appears_while_it_is_looked_for_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, plain = DirectoryStore(tmp_path / "registry"), Path.iterdir
+    store, looked, listed = DirectoryStore(tmp_path / "registry"), Path.is_dir, Path.iterdir
 
-    def late(path: Path) -> Iterator[Path]:
-        if path != store.root:
-            return plain(path)
-        (path / "aliases").mkdir(parents=True)  # another process's, its marker not yet written
+    def is_dir(path: Path) -> bool:
+        found = looked(path)
+        if path == store.root:
+            path.mkdir(exist_ok=True)  # another process's, its marker not yet written
+        return found
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path != store.root or looked(path):
+            return listed(path)
+        path.mkdir()
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(Path, "iterdir", late)
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     store.check_own()
+    assert looked(store.root)
 
 
 def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path: Path, judged: Judged) -> None:

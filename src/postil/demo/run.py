@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from postil.adapter import attach, detach
 from postil.adapter.model import AdaptedModel
 from postil.adapter.peft_files import load_adapter
 from postil.base import Base, live_digest
+from postil.demo.lanes import lanes, losses_of, trained_of
 from postil.demo.report import picture, write_report
 from postil.demo.teams import TEAMS, Team
-from postil.demo.work import GENERAL, Plan, Watch, train_and_score
+from postil.demo.work import GENERAL, Plan, Trained, Watch, losses, train_team
 from postil.engine import Engine
 from postil.files import check_vacant, write_json, write_text
 from postil.judging.card import Estimate
@@ -74,11 +79,16 @@ class Demo:
 
 
 def run_demo(
-    out: str | Path, *, device: str = "cpu", tell: Tell = lambda _: None, watch: Watch | None = None
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    tell: Tell = lambda _: None,
+    watch: Watch | None = None,
 ) -> Demo:
     """Run the demo into directory `out` (adapters, report.html, result.json), a new one or an earlier demo's.
 
-    Raises StorageError where anything else lies there.
+    `watch` is called with a team's title and each training event, from other threads. Raises StorageError where
+    anything else lies in `out`, RunError where one of its processes ends.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -102,18 +112,18 @@ def run_demo(
         )  # fmt: skip
         attach(model, load_adapter(out / team.name), name=team.name)
     tell("answering for all three teams and for the bare base in one batch")
-    rows, seconds = _answered(model, plan, results)
-    after = live_digest(model.model)
+    requests, seconds = _answered(model, plan, results)
     detach(model)
+    after = {live_digest(base.model), *(done.digest for done in trained.values())}
     demo = Demo(
         teams=results,
         base_general=mean_nats(bare[GENERAL]),
         general_tokens=sum(len(window.ids) for window in plan.texts(base.tokenizer)),
         digest_before=before,
-        digest_after=after if after == live_digest(base.model) else "changed at detach",
+        digest_after=before if after == {before} else next(iter(after - {before})),
         seconds=time.perf_counter() - began,
         adapter_bytes=sum(path.stat().st_size for path in (out / TEAMS[0].name).iterdir()),
-        batch_rows=rows,
+        batch_rows=requests,
         batch_seconds=seconds,
         report=out / "report.html",
     )
@@ -121,6 +131,29 @@ def run_demo(
     write_text(out / "curves.svg", picture(demo))
     write_json(out / "result.json", summary(demo))
     return demo
+
+
+def train_and_score(
+    model: AdaptedModel, plan: Plan, watch: Watch | None = None
+) -> tuple[dict[str, Trained], dict[str | None, dict[str, Losses]]]:
+    """Every team's training, and the losses of the bare base (None) and of every team's note.
+
+    On a CPU with several cores in up to three processes, each on its part of them: with a small model one core's
+    work is done sooner beside another's than by both together (bench/LOG.md). Raises RunError where one ends.
+    """
+    count = min(len(TEAMS), torch.get_num_threads()) if plan.device == "cpu" and sys.executable else 1
+    if count == 1:
+        done = {team.name: train_team(model, plan, team, watch) for team in TEAMS}
+        return done, {None: losses(model, plan, None)} | {team.name: losses(model, plan, team) for team in TEAMS}
+    trained: dict[str, Trained] = {}
+    with lanes(count, plan, watch) as submit:
+        training = {submit("train", team.name): team.name for team in TEAMS}
+        scoring: dict[str | None, Future[Any]] = {None: submit("losses", None)}
+        for future in as_completed(training):
+            name = training[future]
+            trained[name] = trained_of(future.result())
+            scoring[name] = submit("losses", name)
+        return trained, {name: losses_of(found.result()) for name, found in scoring.items()}
 
 
 def gain(base: Losses, adapted: Losses) -> Estimate:

@@ -1,14 +1,9 @@
-"""The demo's heavy work, in processes side by side: each team's note is trained, base and notes are scored."""
+"""The demo's heavy work: a team's note is trained and saved, base and notes are scored."""
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,9 @@ import torch
 from postil.adapter import LoraConfig, attach
 from postil.adapter.model import AdaptedModel
 from postil.adapter.peft_files import load_adapter, save_adapter
-from postil.base import Base, load_base
+from postil.base import Base, live_digest, load_base
 from postil.data import load_data
-from postil.demo.teams import BY_NAME, TEAMS, Team
-from postil.errors import RunError
+from postil.demo.teams import TEAMS, Team
 from postil.judging.rows import shipped_text
 from postil.judging.scoring import Losses, row_losses, windows
 from postil.kernels.dense import multiplies
@@ -58,11 +52,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One note's training: seconds, rows, and (step, loss) of each step."""
+    """One note's training: seconds, rows, (step, loss) of each step, and the base's live digest after it."""
 
     seconds: float
     rows: int
     curve: list[tuple[int, float]]
+    digest: str
 
 
 def train_team(model: AdaptedModel, plan: Plan, team: Team, watch: Watch | None) -> Trained:
@@ -82,7 +77,7 @@ def train_team(model: AdaptedModel, plan: Plan, team: Team, watch: Watch | None)
     assert adapter is not None
     save_adapter(adapter, plan.out / team.name)
     model.remove(team.name)
-    return Trained(seconds, len(data.samples), curve)
+    return Trained(seconds, len(data.samples), curve, live_digest(model.model))
 
 
 def upper_half(model: AdaptedModel) -> tuple[int, ...]:
@@ -107,74 +102,3 @@ def losses(model: AdaptedModel, plan: Plan, team: Team | None) -> dict[str, Loss
     if team is not None:
         model.remove(team.name)
     return found
-
-
-def train_and_score(
-    model: AdaptedModel, plan: Plan, watch: Watch | None = None
-) -> tuple[dict[str, Trained], dict[str | None, dict[str, Losses]]]:
-    """Every team's training, and the losses of the bare base (None) and of every team's note.
-
-    On a CPU with several cores in up to three processes, each on its part of them: with a small model one core's
-    work is done sooner beside another's than by both together (bench/LOG.md). Raises RunError where one is killed.
-    """
-    count = min(len(TEAMS), torch.get_num_threads()) if plan.device == "cpu" else 1
-    if count == 1:
-        done = {team.name: train_team(model, plan, team, watch) for team in TEAMS}
-        return done, {None: losses(model, plan, None)} | {team.name: losses(model, plan, team) for team in TEAMS}
-    trained: dict[str, Trained] = {}
-    with _processes(count, plan, watch) as pool:
-        training: dict[Future[Trained], str] = {pool.submit(_train, team.name): team.name for team in TEAMS}
-        scoring: dict[str | None, Future[dict[str, Losses]]] = {None: pool.submit(_losses, None)}
-        for future in as_completed(training):
-            name = training[future]
-            trained[name] = future.result()
-            scoring[name] = pool.submit(_losses, name)
-        return trained, {name: found.result() for name, found in scoring.items()}
-
-
-@contextmanager
-def _processes(count: int, plan: Plan, watch: Watch | None) -> Iterator[ProcessPoolExecutor]:
-    """Processes that hold a base of their own; what they tell goes to `watch`; on an error they are ended."""
-    context = multiprocessing.get_context("spawn")
-    events = context.SimpleQueue()
-    others = set(multiprocessing.active_children())
-    arguments = (plan, max(torch.get_num_threads() // count, 1), events)
-    listener = threading.Thread(target=_listen, args=(events, watch), daemon=True)
-    listener.start()
-    try:
-        with ProcessPoolExecutor(count, context, _open, arguments) as pool:
-            try:
-                yield pool
-            except BaseException:
-                for child in set(multiprocessing.active_children()) - others:
-                    child.terminate()
-                raise
-        events.put(None)
-        listener.join()
-    except BrokenProcessPool as error:
-        raise RunError(
-            "one of the demo's processes was ended from outside, perhaps for want of memory; "
-            "with OMP_NUM_THREADS=1 there is only one"
-        ) from error
-
-
-def _listen(events: Any, watch: Watch | None) -> None:
-    while (event := events.get()) is not None:
-        if watch is not None:
-            watch(*event)
-
-
-_here: dict[str, Any] = {}  # of a process of `train_and_score`: its plan, model and events
-
-
-def _open(plan: Plan, threads: int, events: Any) -> None:
-    torch.set_num_threads(threads)
-    _here.update(plan=plan, model=attach(plan.open()), events=events)
-
-
-def _train(name: str) -> Trained:
-    return train_team(_here["model"], _here["plan"], BY_NAME[name], lambda *event: _here["events"].put(event))
-
-
-def _losses(name: str | None) -> dict[str, Losses]:
-    return losses(_here["model"], _here["plan"], BY_NAME[name] if name else None)

@@ -35,9 +35,11 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def instructions() -> str:
-    """What this processor multiplies with, on which the last bits of results depend: `AVX512, bfloat16`."""
-    own = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16) if multiplies(dtype)]
-    return ", ".join([torch.backends.cpu.get_cpu_capability(), *own])
+    """What this processor multiplies with, on which the last bits of results depend: `AVX512, bfloat16, float16 in
+    float32 tiles`."""
+    kinds = (torch.bfloat16, torch.float16)
+    how = [f"{str(kind).removeprefix('torch.')}{'' if multiplies(kind) else ' in float32 tiles'}" for kind in kinds]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *how])
 
 
 def widens(x: torch.Tensor) -> bool:
