@@ -48,8 +48,8 @@ def bad(tmp_path: Path, line: bytes) -> BadRow:
         ("a.ndjson", JSONL),
         ("a.json", JSONL),
         ("a.json", json.dumps(ROWS, indent=1).encode()),
-        ("a.jsonl.gz", gzip.compress(JSONL)),
-        ("a.JSONL.GZ", gzip.compress(JSONL)),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),  # the same name in every process
+        ("a.JSONL.GZ", gzip.compress(JSONL, mtime=0)),  # the same name in every process
         ("a.jsonl.zst", zstandard.compress(JSONL)),
         ("a.jsonl.zst", zstandard.compress(JSONL[:14]) + zstandard.compress(JSONL[14:])),
         ("a.jsonl", b"\xef\xbb\xbf" + JSONL),

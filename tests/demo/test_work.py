@@ -20,7 +20,7 @@ from postil.demo import run as story
 from postil.demo.lanes import Lane, lanes
 from postil.demo.run import BASE, run_demo, train_and_score
 from postil.demo.teams import TEAMS
-from postil.demo.work import GENERAL, Plan, upper_half
+from postil.demo.work import GENERAL, Plan, upper_third
 from postil.errors import RunError
 from postil.judging.scoring import mean_nats
 
@@ -65,7 +65,7 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
             assert mean_nats(found[name][kind]) == pytest.approx(mean_nats(rows[kind]), rel=1e-5)
     assert len({mean_nats(rows[GENERAL]) for rows in found.values()}) == 1 + len(TEAMS)  # each note is another model
     assert not model.residents
-    assert upper_half(model) == tuple(range(15, 30))
+    assert upper_third(model) == tuple(range(20, 30))
 
 
 @pytest.mark.base

@@ -22,6 +22,9 @@ from postil.demo.work import Plan, Trained, Watch, losses, train_team
 from postil.errors import PostilError, RunError
 from postil.judging.scoring import Losses
 
+# glibc keeps freed memory for the next step instead of giving it back and taking it anew, page by page
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
 Submit = Callable[[str, str | None], Future[Any]]  # "train" or "losses", and the team's name
 
 
@@ -36,7 +39,7 @@ class Lane:
         """Start it; the base is opened before the first job."""
         process = subprocess.Popen(
             [sys.executable, "-m", "postil.demo.lanes"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            encoding="utf-8", start_new_session=True,
+            encoding="utf-8", start_new_session=True, env=KEPT | os.environ,
         )  # fmt: skip
         lane = cls(process)
         lane._send([asdict(plan) | {"out": str(plan.out)}, threads])

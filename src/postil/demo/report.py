@@ -20,7 +20,7 @@ def write_report(demo: Demo, base: dict[str, str]) -> None:
     body = [
         "<h1>One base, three notes</h1>",
         f'<p class="lead">{escape(verdict)} on rows that none of them was trained on. Base: {escape(base["name"])}, '
-        f"{base['parameters']} parameters, frozen. Each note: {demo.adapter_bytes / 1e6:.1f} MB on disk; it adapts the upper half of the layers. "
+        f"{base['parameters']} parameters, frozen. Each note: {demo.adapter_bytes / 1e6:.1f} MB on disk; it adapts the upper third of the layers. "
         f"The whole run took {demo.seconds:.0f} s.</p>",
         "<h2>Is it better, and what did it cost elsewhere?</h2>",
         _table(demo),

@@ -63,7 +63,7 @@ class Trained:
 def train_team(model: AdaptedModel, plan: Plan, team: Team, watch: Watch | None) -> Trained:
     """Train a team's note and save it; the model ends without it."""
     data = load_data(team.rows("train", plan.rows), model.base, team.options)
-    attach(model, LoraConfig(layers_to_transform=upper_half(model)), name=team.name, seed=0)
+    attach(model, LoraConfig(layers_to_transform=upper_third(model)), name=team.name, seed=0)
     curve: list[tuple[int, float]] = []
 
     def note(event: dict[str, Any]) -> None:
@@ -80,10 +80,10 @@ def train_team(model: AdaptedModel, plan: Plan, team: Team, watch: Watch | None)
     return Trained(seconds, len(data.samples), curve, live_digest(model.model))
 
 
-def upper_half(model: AdaptedModel) -> tuple[int, ...]:
-    """The layers nearer to the output: training them alone spares half the backward pass."""
+def upper_third(model: AdaptedModel) -> tuple[int, ...]:
+    """The layers nearest to the output: training them alone spares two thirds of the backward pass."""
     count = int(model.model.config.get_text_config().num_hidden_layers)
-    return tuple(range(count // 2, count))
+    return tuple(range(count - count // 3, count))
 
 
 def losses(model: AdaptedModel, plan: Plan, team: Team | None) -> dict[str, Losses]:
