@@ -113,8 +113,9 @@ def run_demo(
         attach(model, load_adapter(out / team.name), name=team.name)
     tell("answering for all three teams and for the bare base in one batch")
     requests, seconds = _answered(model, plan, results)
-    detach(model)
     after = {live_digest(base.model), *(done.digest for done in trained.values())}
+    detach(model)
+    after.add(live_digest(base.model))
     demo = Demo(
         teams=results,
         base_general=mean_nats(bare[GENERAL]),
