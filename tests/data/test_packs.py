@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postil.data import Pack, Sample, epoch_steps, pack, split_valid
+from postil.data.packs import beginning, begins_like, pack_shared
 from postil.errors import DataError, RecipeError
 
 
@@ -164,3 +167,36 @@ def test_split_valid_depends_on_the_seed_and_refuses_nonsense() -> None:
     for share in (-0.1, 1.0):
         with pytest.raises(RecipeError, match="from 0 to below 1"):
             split_valid(samples, share, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_shared_beginnings_leave_every_sample_whole(kinds: list[tuple[int, int, int]], same: bool) -> None:
+    """Samples of three prompts: ids, positions and weights of each, read back through its beginning."""
+    samples = []
+    for kind, prompt, answer in kinds:
+        size = 5 if same else prompt
+        ids = np.array([*range(100 * kind, 100 * kind + size), *[7] * answer], dtype=np.int32)
+        samples.append(Sample(ids, np.repeat([0.0, 1.0], [size, answer]).astype(np.float32), len(samples) + 1))
+    got = pack_shared(samples)
+    edges = np.cumsum([0, *got.pack.lengths])
+    assert len(got.samples) == len(samples)
+    for sample, place in zip(samples, got.samples, strict=True):
+        earlier = got.before[place]
+        rows = np.concatenate(
+            [np.arange(edges[part], edges[part + 1]) for part in (earlier, place) if part is not None]
+        )
+        assert got.pack.ids[rows].tolist() == sample.ids.tolist()
+        assert got.pack.positions[rows].tolist() == list(range(len(sample.ids)))
+        assert got.pack.weights[rows].tolist() == sample.weights.tolist()
+        assert not got.pack.weights[edges[place]]  # the state before a target is in its own part
+    parts = {place for place in got.before if place is not None}
+    assert parts.isdisjoint(got.samples)
+    assert len(got.pack.lengths) == len(parts) + len(samples)
+    assert all(sum(earlier == part for earlier in got.before) > 1 for part in parts)  # only what several share
+    runs = [begins_like(a, b) for a, b in itertools.pairwise(samples)]
+    assert len(got.pack.ids) == sum(len(s.ids) for s in samples) - sum(
+        beginning(s) for s, alike in zip(samples[1:], runs, strict=True) if alike
+    )

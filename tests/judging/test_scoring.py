@@ -15,7 +15,15 @@ from postil.data import Sample
 from postil.errors import AdapterError
 from postil.judging import scoring
 from postil.judging.rows import shipped_text
-from postil.judging.scoring import mean_nats, nats_and_kl, option_losses, option_samples, row_losses, windows
+from postil.judging.scoring import (
+    mean_nats,
+    nats_and_kl,
+    option_losses,
+    option_samples,
+    row_losses,
+    token_scores,
+    windows,
+)
 
 Hand = Callable[..., torch.Tensor]
 
@@ -45,6 +53,50 @@ def test_row_losses_are_those_of_each_row_alone(
         wanted = [-float(logs[t - 1, sample.ids[t]]) for t in range(1, len(sample.ids)) if sample.weights[t]]
         assert count == len(wanted)
         assert total == pytest.approx(sum(wanted), rel=1e-5)
+
+
+def alike(tails: list[list[int]], prompt: int, seed: int = 0) -> list[Sample]:
+    """Rows with one prompt, each with its own answer."""
+    random = np.random.default_rng([seed, prompt])
+    head = random.integers(0, 61, prompt)
+    return [
+        Sample(
+            np.array([*head, *tail], dtype=np.int32), np.repeat([0.0, 1.0], [prompt, len(tail)]).astype(np.float32), 1
+        )
+        for tail in tails
+    ]
+
+
+@pytest.mark.parametrize("budget", [12, 40, 2048])
+def test_rows_with_one_prompt_have_the_losses_of_each_alone(
+    model: AdaptedModel, samples: list[Sample], log_probs: Hand, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    monkeypatch.setattr(scoring, "PACK_TOKENS", budget)
+    rows = [
+        *alike([[4, 5], [4, 5], [7], [9, 1, 2, 3]], 6), *samples[:2], *alike([[3], [5]], 1), *alike([[8]], 9, seed=1),
+        *alike([[8, 2], [1]], 9, seed=2), *alike([[6, 6]], 9, seed=2),
+    ]  # fmt: skip
+    scores = token_scores(model, rows, "note")
+    for sample, (total, count), (nats, greedy) in zip(rows, row_losses(model, rows, "note"), scores, strict=True):
+        logs = log_probs(model, sample.ids, {"note": 1.0})
+        targets = [t for t in range(1, len(sample.ids)) if sample.weights[t]]
+        assert count == len(targets)
+        assert total == pytest.approx(-sum(float(logs[t - 1, sample.ids[t]]) for t in targets), rel=1e-5)
+        assert nats == pytest.approx(total, rel=1e-5)
+        assert greedy == all(int(logs[t - 1].argmax()) == sample.ids[t] for t in targets)
+
+
+def test_a_prompt_of_several_rows_is_computed_once(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    hidden = AdaptedModel.hidden
+
+    def counting(self: AdaptedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        return hidden(self, ids, positions)
+
+    monkeypatch.setattr(AdaptedModel, "hidden", counting)
+    row_losses(model, alike([[4, 5], [7], [9]], 20), None)
+    assert seen == [19 + 3 + 2 + 2]  # the last token of the prompt predicts each answer's first
 
 
 def test_a_scale_of_nought_is_the_base_and_of_one_the_adapter(model: AdaptedModel, samples: list[Sample]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -102,8 +103,46 @@ def test_blocks_of_queries(window: int | None, softcap: float | None, sinks: boo
     assert_same(tensors, [Segment(0, queries, 3, 603)], window=window, softcap=softcap)
 
 
-def test_a_prefix_is_seen_through_window_and_blocks() -> None:
-    assert_same(make(300, 305, 2, 1), [Segment(0, 300, 5, 305, prefix=(0, 5))], window=20)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+@pytest.mark.parametrize("window", [None, 3, 20, 304])
+def test_a_prefix_stands_before_the_segments_own_keys(window: int | None, options: dict[str, Any]) -> None:
+    """The last 300 of 305 queries of one sequence, its first five keys lying elsewhere, see what they always saw."""
+    q, k, v = make(305, 305, 2, 1)
+    whole = attention_reference(q, k, v, packed(305), scale=SCALE, window=window, **options)
+    moved = [torch.cat([part[:5], torch.full_like(part[:7], 9.0), part[5:]]) for part in (k, v)]
+    rest = [Segment(0, 300, 12, 312, prefix=(0, 5))]
+    found = attention(q[5:], *moved, rest, scale=SCALE, window=window, **options)
+    torch.testing.assert_close(found, whole[5:], rtol=1e-4, atol=1e-5)
+    assert_same((q[5:], *moved), rest, window=window, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=3)), max_size=4),
+    st.sampled_from([None, 1, 4, 30]),
+    st.sampled_from([None, None, 2.0]),
+)
+def test_a_pack_of_shared_beginnings(
+    groups: list[tuple[int, list[int]]], window: int | None, softcap: float | None
+) -> None:
+    lengths, before = list[int](), list[int | None]()
+    for first, rests in groups:
+        place = len(lengths)
+        lengths += [first, *rests]
+        before += [None, *[place] * len(rests)]
+    segments = list(Layout.packed(lengths, before=before).segments)
+    assert_same(make(sum(lengths), sum(lengths)), segments, window=window, softcap=softcap)
+    q, k, v = make(sum(lengths), sum(lengths))
+    found = attention(q, k, v, segments, scale=SCALE, window=window, softcap=softcap)
+    starts = [0, *itertools.accumulate(lengths)]
+    for index, place in enumerate(before):
+        rows = [*([] if place is None else range(starts[place], starts[place + 1])),
+                *range(starts[index], starts[index + 1])]  # fmt: skip
+        alone = attention_reference(
+            q[rows], k[rows], v[rows], packed(len(rows)), scale=SCALE, window=window, softcap=softcap
+        )
+        own = found[starts[index] : starts[index + 1]]
+        torch.testing.assert_close(own, alone[len(rows) - len(own) :], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,58 @@ def pack(samples: Sequence[Sample]) -> Pack:
         weights=np.concatenate([sample.weights for sample in samples]).astype(np.float32),
         rows=tuple(sample.row for sample in samples),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPack:
+    """Samples of which neighbours with an equal prompt have it once.
+
+    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. before: per
+    part the part that is its beginning (None: it begins by itself). samples: the parts that stand for the samples,
+    in their order.
+    """
+
+    pack: Pack
+    before: tuple[int | None, ...]
+    samples: tuple[int, ...]
+
+
+def beginning(sample: Sample) -> int:
+    """How many of its first tokens may be shared: those before the one from which the first target is predicted."""
+    targets = np.flatnonzero(sample.weights)
+    return max(int(targets[0]) - 1, 0) if len(targets) else 0
+
+
+def begins_like(sample: Sample, other: Sample) -> bool:
+    """Whether two samples have the same beginning, and one that is worth sharing."""
+    size = beginning(sample)
+    return size > 0 and size == beginning(other) and bool((sample.ids[:size] == other.ids[:size]).all())
+
+
+def pack_shared(samples: Sequence[Sample]) -> SharedPack:
+    """One pack of the samples, in their order, neighbours with an equal beginning sharing it; DataError for none.
+
+    Tokens and targets stand in the pack as they do in `pack`: the state before a target is in the row before it.
+    """
+    parts, positions, before, places = list[Sample](), list[int](), list[int | None](), list[int]()
+    shared: int | None = None
+    for index, sample in enumerate(samples):
+        size = beginning(sample)
+        if not (index and begins_like(samples[index - 1], sample)):
+            alike = index + 1 < len(samples) and begins_like(sample, samples[index + 1])
+            shared = len(parts) if alike else None
+            if alike:
+                parts.append(Sample(sample.ids[:size], sample.weights[:size], sample.row))
+                positions.append(0)
+                before.append(None)
+        places.append(len(parts))
+        cut = 0 if shared is None else size
+        parts.append(Sample(sample.ids[cut:], sample.weights[cut:], sample.row))
+        positions.append(cut)
+        before.append(shared)
+    whole = pack(parts)
+    starts = np.repeat(np.array(positions, dtype=np.int64), whole.lengths)
+    return SharedPack(replace(whole, positions=whole.positions + starts), tuple(before), tuple(places))
 
 
 def epoch_steps(

@@ -16,6 +16,7 @@ from postil.adapter import AdaptedModel
 from postil.adapter.divergence import base_head, base_states
 from postil.data import Sample, pack
 from postil.data.encode import Draft, Tally, encode, leading_ids
+from postil.data.packs import beginning, begins_like, pack_shared
 from postil.kernels.layout import Layout, Spans
 from postil.kernels.loss import cross_entropy, kl_divergence
 
@@ -45,14 +46,16 @@ def row_losses(
     """
     weights, device, out = weights_of(adapter), model.base.device, Losses()
     for group in _budgeted(samples):
-        packed = pack(group)
+        shared = pack_shared(group)
+        packed = shared.pack
         spans = model.spans_for(weights, len(packed.ids))
         ids, positions = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
-        with model.using(Layout.packed(packed.lengths, spans)):
+        with model.using(Layout.packed(packed.lengths, spans, shared.before)):
             _, nll, targets = model.loss(
                 ids.to(device), positions.to(device), torch.from_numpy(packed.weights).to(device)
             )
-        out += _per_sample(nll, targets.cpu().numpy(), packed.lengths)
+        found = _per_sample(nll, targets.cpu().numpy(), packed.lengths)
+        out += [found[part] for part in shared.samples]
         done(len(group))
     return out
 
@@ -64,13 +67,14 @@ def token_scores(
     """Per sample (sum of nats over its target tokens, whether each is the likeliest), in the samples' order."""
     weights, out = weights_of(adapter), list[tuple[float, bool]]()
     for group in _budgeted(samples):
-        packed = pack(group)
+        shared = pack_shared(group)
+        packed = shared.pack
         targets = np.flatnonzero(packed.weights)
         rows = torch.from_numpy(targets - 1).to(model.base.device)  # the state before a token predicts it
         ids = torch.from_numpy(packed.ids).to(model.base.device)
         wanted = ids[rows + 1].long()
         nats, hits = torch.zeros(len(targets)), torch.ones(len(targets), dtype=torch.bool)
-        with model.using(Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)))):
+        with model.using(Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)), shared.before)):
             states = model.hidden(ids, torch.from_numpy(packed.positions).to(model.base.device))[rows]
             head = model.head_on(rows)
             for start in range(0, len(targets), _HEAD_ROWS):
@@ -80,7 +84,7 @@ def token_scores(
                 hits[start:end] = logits.argmax(-1) == wanted[start:end]
         missed = _per_sample((~hits).float(), targets, packed.lengths)
         sums = _per_sample(nats, targets, packed.lengths)
-        out += [(total, wrong == 0) for (total, _), (wrong, _) in zip(sums, missed, strict=True)]
+        out += [(sums[part][0], missed[part][0] == 0) for part in shared.samples]
         done(len(group))
     return out
 
@@ -126,14 +130,19 @@ def _per_sample(values: torch.Tensor, targets: NDArray[np.int64], lengths: Seque
 
 
 def _budgeted(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Neighbours, as many as fit in PACK_TOKENS; a beginning that a sample shares with the one before is not counted
+    again."""
     group: list[Sample] = []
     tokens = 0
     for sample in samples:
-        if group and tokens + len(sample.ids) > PACK_TOKENS:
+        more = len(sample.ids)
+        if group and begins_like(group[-1], sample):
+            more -= beginning(sample)
+        if group and tokens + more > PACK_TOKENS:
             yield group
-            group, tokens = [], 0
+            group, tokens, more = [], 0, len(sample.ids)
         group.append(sample)
-        tokens += len(sample.ids)
+        tokens += more
     if group:
         yield group
 

@@ -76,7 +76,8 @@ class Spans:
 class Segment:
     """Queries `q0`..`q1` see keys `k0`..`k1`, causally, the last query the last key.
 
-    `prefix` is an optional range of keys that every query of the segment sees (a shared prompt).
+    `prefix` is an optional range of keys that stand directly before `k0` (a beginning shared with other segments):
+    the segment's keys are those and its own, one sequence, over which a window counts.
     """
 
     q0: int
@@ -102,11 +103,19 @@ class Layout:
     store: KeyValueStore | None = None
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], spans: Spans | None = None) -> Layout:
-        """Whole sequences of the given lengths, one after another, each seeing itself alone."""
-        segments, start = [], 0
-        for length in lengths:
-            segments.append(Segment(start, start + length, start, start + length))
+    def packed(
+        cls, lengths: Sequence[int], spans: Spans | None = None, before: Sequence[int | None] | None = None
+    ) -> Layout:
+        """Whole sequences of the given lengths, one after another, each seeing itself alone.
+
+        before: for each the earlier one that is its beginning (None: it begins by itself), so that a beginning
+        of several is there once.
+        """
+        segments: list[Segment] = []
+        start = 0
+        for length, earlier in zip(lengths, before or [None] * len(lengths), strict=True):
+            prefix = None if earlier is None else (segments[earlier].k0, segments[earlier].k1)
+            segments.append(Segment(start, start + length, start, start + length, prefix))
             start += length
         return cls(tuple(segments), spans or Spans())
 

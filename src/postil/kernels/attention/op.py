@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from postil.kernels.attention.reference import attention_reference
+from postil.kernels.attention.reference import attention_reference, visible
 from postil.kernels.layout import Segment
+
+SMALL_MASK = 2**15  # bytes of a mask that is kept: at most 16 MiB of them
 
 
 def attention(
@@ -32,14 +35,15 @@ def attention(
     row of v is finite: a decoding batch reads rows beyond a segment's keys with weight 0.
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
-    plain = softcap is None and sinks is None and all(segment.prefix is None for segment in segments)
-    if plain and len(segments) > 1 and all(segment.q1 - segment.q0 == 1 for segment in segments):
+    plain = softcap is None and sinks is None
+    alone = all(segment.prefix is None for segment in segments)
+    if plain and alone and len(segments) > 1 and all(segment.q1 - segment.q0 == 1 for segment in segments):
         return _decode(q, k, v, segments, scale, window)
     if plain and _whole_pack(segments, q.shape[0], k.shape[0]):
-        return _pack(q, k, v, [segment.q1 - segment.q0 for segment in segments], scale, window)
+        return _pack(q, k, v, segments, scale, window)
     outputs = []
     for segment in segments:
-        if plain:
+        if plain and segment.prefix is None:
             outputs.append(_sequence(q, k, v, segment, scale, window))
             continue
         for block in _blocks(segment, window):
@@ -50,7 +54,7 @@ def attention(
 
 
 def _whole_pack(segments: Sequence[Segment], queries: int, keys: int) -> bool:
-    """Whether the segments are whole sequences, one after another, that fill the batch."""
+    """Whether the segments are whole sequences, or rests of them, one after another, that fill the batch."""
     if not segments or queries != keys:
         return False
     edges = [0, *(segment.q1 for segment in segments)]
@@ -59,7 +63,7 @@ def _whole_pack(segments: Sequence[Segment], queries: int, keys: int) -> bool:
 
 
 def _pack(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scale: float, window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Sequence[Segment], scale: float, window: int | None
 ) -> torch.Tensor:
     """Sequences of a pack: heads are repeated and the rows split once, so the backward pass joins them once.
 
@@ -70,10 +74,14 @@ def _pack(
         q, k, v = q.float(), k.float(), v.float()
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
-    outputs = [
-        _sequence(a, b, c, Segment(0, length, 0, length), scale, window)
-        for a, b, c, length in zip(*(torch.split(part, lengths) for part in (q, k, v)), lengths, strict=True)
-    ]
+    lengths = [segment.q1 - segment.q0 for segment in segments]
+    outputs = []
+    for segment, a, b, c in zip(segments, *(torch.split(part, lengths) for part in (q, k, v)), strict=True):
+        queries, ahead = len(a), 0
+        if segment.prefix is not None:
+            ahead = segment.prefix[1] - segment.prefix[0]
+            b, c = (torch.cat([part[slice(*segment.prefix)], own]) for part, own in ((k, b), (v, c)))
+        outputs.append(_sequence(a, b, c, Segment(0, queries, 0, ahead + queries), scale, window))
     return torch.cat(outputs).to(dtype)
 
 
@@ -85,7 +93,8 @@ def _blocks(segment: Segment, window: int | None, size: int = 256) -> list[Segme
     for start in range(0, queries, size):
         end = min(start + size, queries)
         first = segment.k0 if window is None else max(segment.k0, offset + start - window + 1)
-        blocks.append(Segment(segment.q0 + start, segment.q0 + end, first, offset + end, segment.prefix))
+        prefix = segment.prefix if first == segment.k0 else None  # else the window has left it behind
+        blocks.append(Segment(segment.q0 + start, segment.q0 + end, first, offset + end, prefix))
     return blocks
 
 
@@ -105,13 +114,21 @@ def _sequence(
         return _fused(q, k, v, Segment(segment.q0, segment.q1, first, segment.k1), scale, None)
     outputs = []
     for block in _blocks(segment, window):
-        rows = torch.arange(block.k1 - (block.q1 - block.q0), block.k1, device=q.device)[:, None]
-        columns = torch.arange(block.k0, block.k1, device=q.device)[None, :]
-        mask = columns <= rows
-        if window is not None:
-            mask &= columns > rows - window
+        mask = _mask(block.q1 - block.q0, block.k1 - block.k0, window, q.device)
         outputs.append(_fused(q, k, v, block, scale, mask))
     return torch.cat(outputs)
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: which keys each of the last queries sees; small ones are made once for all layers."""
+    make = _small_mask if queries * keys <= SMALL_MASK else _small_mask.__wrapped__
+    return make(queries, keys, window, device)
+
+
+@lru_cache(maxsize=512)
+def _small_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return visible(Segment(0, queries, 0, keys), window, device)
 
 
 def _fused(

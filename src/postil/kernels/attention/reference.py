@@ -45,10 +45,10 @@ def attention_reference(
 def visible(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor:
     """bool [queries, prefix + keys]: which keys each query of one segment sees."""
     queries, keys = segment.q1 - segment.q0, segment.k1 - segment.k0
+    keys += segment.prefix[1] - segment.prefix[0] if segment.prefix else 0
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
-    own = column <= row
+    seen = column <= row
     if window is not None:
-        own &= column > row - window
-    ahead = segment.prefix[1] - segment.prefix[0] if segment.prefix else 0
-    return torch.cat([own.new_ones(queries, ahead), own], 1)
+        seen &= column > row - window
+    return seen
