@@ -169,6 +169,8 @@ def test_blimps_own_names_and_the_shipped_text(base: Base) -> None:
             r"no column 'choices' \(did you mean 'choice'",
         ),
         ("choices", {"context": "a", "choices": ["b"], "answer": 0}, "`choices` must be a list of two strings"),
+        ("choices", {"context": "a", "choices": ["b", 3], "answer": 0}, "`choices` must be a list of two strings"),
+        ("choices", {"context": "a", "choices": ["b", ""], "answer": 0}, "every question has an empty choice"),
         ("choices", {"context": "a", "choices": ["b", "c"], "answer": 2}, "right place, 0 to 1, found 2"),
         ("choices", {"context": 1, "choices": ["b", "c"], "answer": 1}, "`context` must be a string"),
         ("pairs", {"good": "a", "badd": "b"}, r"no column 'bad' \(did you mean 'badd'\?\)"),
@@ -197,6 +199,10 @@ def test_questions_left_out_are_said(base: Base) -> None:
     assert len(found.sets["pairs"].rows) == 12
     assert any("1 pairs are left out, both sentences being equal (rows 14)" in note for note in found.notes)
     assert any("1 questions are left out, too long or too short (rows 13)" in note for note in found.notes)
+    empty = {"context": "What is this?", "choices": ["one", "", "3"], "answer": 0, "subject": "a"}
+    found = read_general(None, [CHOICES[0], empty, *CHOICES[1:]], None, base, OPTIONS, 0)
+    assert [row.value for row in found.sets["choices"].rows] == CHOICES
+    assert any("1 questions are left out, a choice being empty (rows 2)" in note for note in found.notes)
 
 
 def test_a_prompt_without_a_place_for_the_context() -> None:

@@ -119,7 +119,14 @@ def _windows_used(name: str, rows: int, pieces: Sequence[Sample]) -> DataUsed:
 
 def _read_choices(rows: Rows, base: Base, options: GeneralOptions, seed: int, notes: list[str]) -> OptionSet:
     asked = [_choices(rows, row, options.prompt) for row in rows.rows]
-    places = chosen(len(asked), options.choices, seed, "choices")
+    whole = [n for n, row in enumerate(rows.rows) if "" not in row.value["choices"]]
+    if not whole:
+        raise DataError(f"{rows.name}: every question has an empty choice, so none can be scored.")
+    if len(whole) < len(asked):
+        numbers = listed([row.number for row in rows.rows if "" in row.value["choices"]], 5)
+        left_out = len(asked) - len(whole)
+        notes.append(f"{rows.name}: {left_out} questions are left out, a choice being empty (rows {numbers})")
+    places = [whole[n] for n in chosen(len(whole), options.choices, seed, "choices")]
     found = _option_set(rows, [asked[n] for n in places], places, base, notes)
     chance = sum(1 / len(question) for question in found.samples) / len(found.samples)
     notes.append(f"choices: chance is {100 * chance:.1f}%")
@@ -178,7 +185,7 @@ def _choices(rows: Rows, row: Row, prompt: str) -> Question:
     context, choices, answer = (_column(rows, row, name) for name in ("context", "choices", "answer"))
     if not isinstance(context, str):
         raise DataError(f"{rows.where(row)}: `context` must be a string, found {type(context).__name__}.")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
         raise DataError(f"{rows.where(row)}: `choices` must be a list of two strings or more.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise DataError(
