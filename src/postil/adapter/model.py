@@ -43,7 +43,7 @@ from postil.adapter.targets import (
 from postil.base import Base, decoder_layers
 from postil.errors import AdapterError, InternalError, listed, nearest
 from postil.kernels.adapted_linear import Group
-from postil.kernels.layout import Layout, Segment, Span, Spans
+from postil.kernels.layout import Layout, Span, Spans
 from postil.kernels.loss import cross_entropy
 from postil.kernels.loss.reference import Head
 
@@ -328,6 +328,12 @@ class AdaptedModel:
             return self.layout.spans
         return self.spans_for(self.active, rows)
 
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether sequences that begin alike may have their beginning once: not where one is run at a time, nor where
+        the rotary frequencies of its tokens depend on how long a sequence is."""
+        return self.packs and not length_dependent_rotaries(self.model)
+
     def tokens_of(self) -> int | None:
         """The tokens of the flat batch in force; None in a plain call, and where the head is given chosen rows."""
         return self.layout.tokens if self.layout is not None and self.spans_now is None else None
@@ -382,11 +388,12 @@ class AdaptedModel:
             raise InternalError("this architecture keeps no packed key-value store")
         parts = []
         for segment in self.layout.segments:
-            spans = self.layout.spans.within(segment.q0, segment.q1)
-            layout = Layout((Segment(0, segment.q1 - segment.q0, 0, segment.q1 - segment.q0),), spans)
+            ahead = range(*segment.prefix) if segment.prefix is not None else range(0)
+            rows = [*ahead, *range(segment.q0, segment.q1)]  # its beginning again, with it
+            layout = Layout.packed([len(rows)], self.layout.spans.take(rows))
             with self.again(layout, None):
-                out = self.decoder(input_ids=ids[None, segment.q0 : segment.q1], use_cache=False)
-                parts.append(out.last_hidden_state[0])
+                out = self.decoder(input_ids=ids[None, rows], use_cache=False)
+                parts.append(out.last_hidden_state[0, len(ahead) :])
         return torch.cat(parts)
 
     def logits(self, hidden: torch.Tensor, spans: Spans) -> torch.Tensor:

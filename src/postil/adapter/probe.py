@@ -17,6 +17,7 @@ from postil.kernels.layout import Layout, positions_of
 LENGTHS = (3, 1, 4)
 WINDOW = 3  # tokens that a layer sees in the second probe
 WINDOW_LENGTHS = (10, 2, 5)
+REST = 2  # tokens of one more sequence, whose beginning is the first one
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
 # The largest difference of a logit allowed, in standard deviations of all logits. SmolLM2-135M-Instruct on two
 # cores: up to 5e-5 in float32, 0.02 in float16, 0.19 in bfloat16.
@@ -26,8 +27,8 @@ COARSE = 0.5  # bfloat16 and what else there is
 
 @torch.no_grad()
 def probe(model: AdaptedModel) -> None:
-    """Set `model.packs`: True where a pack's logits equal each sequence's alone, else False, which is one sequence
-    at a time through transformers' own attention.
+    """Set `model.packs`: True where a pack's logits equal each sequence's alone, one that shares its beginning with
+    another among them, else False, which is one sequence at a time through transformers' own attention.
 
     A window longer than a cheap probe is shrunk for a second look: a model may keep it in its attention mask
     alone, which a pack does not have. Raises BaseModelError where neither way is right.
@@ -70,17 +71,22 @@ def _ids(model: AdaptedModel, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _alone(model: AdaptedModel, lengths: Sequence[int]) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of each sequence by the transformers model itself."""
-    parts = torch.split(_ids(model, lengths), list(lengths))
-    return torch.cat([model.model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
+    """Logits [tokens, vocabulary] of each sequence, and of the rest, by the transformers model itself."""
+    *parts, rest = torch.split(_ids(model, (*lengths, REST)), [*lengths, REST])
+    parts.append(torch.cat([parts[0], rest]))
+    found = [model.model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts]
+    return torch.cat([*found[:-1], found[-1][-REST:]])
 
 
 def _difference(model: AdaptedModel, lengths: Sequence[int], wanted: torch.Tensor) -> float:
     """How far postil's way is from `wanted`; infinitely where the model's code does not take it."""
-    layout, model.attention_calls = Layout.packed(lengths), 0
+    parts, device = (*lengths, REST), model.base.device
+    layout, model.attention_calls = Layout.packed(parts, before=[*[None] * len(lengths), 0]), 0
+    positions = positions_of(parts, device)
+    positions[-REST:] += lengths[0]
     try:
         with model.using(layout):
-            hidden = model.hidden(_ids(model, lengths), positions_of(lengths, model.base.device))
+            hidden = model.hidden(_ids(model, parts), positions)
             found = model.logits(hidden, layout.spans).float()
     except (TypeError, KeyError, ValueError):  # no positions taken, another attention call, a mask of its own
         if not model.packs:

@@ -91,11 +91,14 @@ def begins_like(sample: Sample, other: Sample) -> bool:
     return size > 0 and size == beginning(other) and bool((sample.ids[:size] == other.ids[:size]).all())
 
 
-def pack_shared(samples: Sequence[Sample]) -> SharedPack:
+def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
     """One pack of the samples, in their order, neighbours with an equal beginning sharing it; DataError for none.
 
     Tokens and targets stand in the pack as they do in `pack`: the state before a target is in the row before it.
+    share: False where the model cannot (AdaptedModel.shares_beginnings).
     """
+    if not share:
+        return SharedPack(pack(samples), (None,) * len(samples), tuple(range(len(samples))))
     parts, positions, before, places = list[Sample](), list[int](), list[int | None](), list[int]()
     shared: int | None = None
     for index, sample in enumerate(samples):

@@ -46,7 +46,7 @@ def row_losses(
     """
     weights, device, out = weights_of(adapter), model.base.device, Losses()
     for group in _budgeted(samples):
-        shared = pack_shared(group)
+        shared = pack_shared(group, model.shares_beginnings)
         packed = shared.pack
         spans = model.spans_for(weights, len(packed.ids))
         ids, positions = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
@@ -67,7 +67,7 @@ def token_scores(
     """Per sample (sum of nats over its target tokens, whether each is the likeliest), in the samples' order."""
     weights, out = weights_of(adapter), list[tuple[float, bool]]()
     for group in _budgeted(samples):
-        shared = pack_shared(group)
+        shared = pack_shared(group, model.shares_beginnings)
         packed = shared.pack
         targets = np.flatnonzero(packed.weights)
         rows = torch.from_numpy(targets - 1).to(model.base.device)  # the state before a token predicts it
