@@ -148,6 +148,21 @@ def test_a_fine_tuned_model_against_its_base(tmp_path: Path, lab: Any) -> None:
     assert one.entropy_rank == pytest.approx(1, abs=0.05)
 
 
+def test_a_fine_tuned_gpt2_is_turned_as_its_maps_are(tmp_path: Path, lab: Any) -> None:
+    base = lab.tiny("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    before = base.transformer.h[0].attn.c_attn.weight.detach().T.clone()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        base.transformer.h[0].attn.c_attn.weight.add_(torch.randn(32, 96, generator=generator))
+        base.transformer.wpe.weight.add_(torch.randn(64, 32, generator=generator))
+    base.save_pretrained(tmp_path / "tuned")
+    found = {one.path.split(".")[-1]: one for one in spectrum(tmp_path / "tuned", tmp_path / "base", intruders=True)}
+    assert (found["c_attn"].d_out, found["c_attn"].d_in) == (96, 32)
+    assert found["c_attn"].intruders == intruders_of(before, base.transformer.h[0].attn.c_attn.weight.detach().T)
+    assert (found["wpe"].d_out, found["wpe"].d_in) == (64, 32)
+
+
 def test_stored_names_may_lack_the_inner_prefix(tmp_path: Path, lab: Any) -> None:
     base = lab.tiny("gpt2")
     base.save_pretrained(tmp_path / "base")

@@ -10,6 +10,8 @@ import pytest
 
 from postil import base as bases
 
+LONG = "a" * 300
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -39,6 +41,21 @@ def test_help_and_no_words_at_all(postil: Any) -> None:
         assert result.code == 2
         assert result.raw_err.startswith("Usage: postil ")
         assert "Commands:" in result.raw_err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("base", "show", LONG),
+        ("plan", "--base", LONG),
+        ("generate", "hi", "--base", LONG),
+        ("inspect", LONG),
+        ("data", "show", LONG, "--base", LONG),
+        ("judge", LONG, "--base", LONG),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_sentence(refusal: Any, words: tuple[str, ...]) -> None:
+    assert "File name too long" in refusal(*words)
 
 
 def test_ctrl_c_is_130_and_one_word(postil: Any, monkeypatch: pytest.MonkeyPatch) -> None:

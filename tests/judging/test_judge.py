@@ -15,7 +15,7 @@ import torch
 
 import postil
 from postil.adapter import Adapter, LoraConfig, attach
-from postil.adapter.identity import adapter_sha256
+from postil.adapter.identity import adapter_sha256, update_card
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest
 from postil.data import DataOptions, load_data
@@ -27,6 +27,7 @@ from postil.judging.judge import judge
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.parts import NATS
 from postil.judging.scoring import mean_nats, nats_and_kl, row_losses
+from postil.registry import Registry
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -89,6 +90,17 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
     other = judge(base, files["adapter"], general=TEXT, options=options(), keep=False)
     assert other != card
     assert read_card(files["adapter"]) == card
+
+
+def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
+    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0")
+    card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
+    assert any("is a published version, which never changes" in note for note in card.notes)
+    assert registry.resolve("note") == version.path  # every byte as it was
+    with pytest.raises(AdapterError, match="is a published version, which never changes"):
+        update_card(version.path, score_card={})
 
 
 def test_an_adapter_in_memory_and_a_resident_are_what_they_would_be_on_disk(

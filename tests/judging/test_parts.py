@@ -30,6 +30,12 @@ def test_slices_hold_the_units_of_each_value() -> None:
     assert list(slices["rare"]) == ["False"]
     assert small == {"rare": ["True"]}
     assert set(slices) == {"intent", "tags", "rare"}
+    twice, _ = slices_of([{"tags": ["a", "a"]}, {"tags": ["a", 1, "1"]}], ["tags"], 1)  # a tag named twice is one
+    assert {value: units.tolist() for value, units in twice["tags"].items()} == {"a": [0, 1], "1": [1]}
+    with pytest.raises(
+        JudgeError, match=r"a value of intent holds half a surrogate pair, which is no text: 'x.ud83d'"
+    ):
+        slices_of([{"intent": "x\ud83d"}], ["intent"], 1)
 
 
 def test_a_part_corrects_for_every_slice_and_shows_a_collapse_that_the_whole_hides() -> None:

@@ -55,7 +55,7 @@ def compared(base: float, adapter: float, unit: str = "points", better: Any = "h
 
 
 def card(**changes: Any) -> ScoreCard:
-    used = DataUsed(name=f"test {NASTY}.jsonl", sha256="ab" * 32, rows=630)
+    used = DataUsed(name=f"test {NASTY}.jsonl", sha256="<script>/*", rows=630)
     bleu = compared(8.0, 60.7)
     target = Part(
         data=used, main="bleu", measures={"bleu": bleu, "nats": compared(2.0, 0.5, "nats/token", "lower")},
@@ -194,6 +194,14 @@ def test_a_run_of_today_may_still_be_writing(run: Path) -> None:
     log = run / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 31, "lo')
     assert len(read_reported(run).log) == 30
+
+
+def test_an_answer_may_hold_any_line_separator(run: Path) -> None:
+    texts = ["a\u2028b", "c\u0085d", "e\u2029f\x0b\x0c\x1c"]
+    lines = [json.dumps({"set": "target", "text": text}, ensure_ascii=False) for text in texts]
+    (run / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = read_reported(run, predictions=run / "predictions.jsonl").predictions
+    assert [one["text"] for one in found] == texts
 
 
 def test_write_beside_is_for_runs(tmp_path: Path, run: Path, note: Adapter) -> None:

@@ -93,6 +93,8 @@ def test_verdicts_follow_what_is_better() -> None:
     assert lower.difference.value == pytest.approx(lower.adapter.value - lower.base.value)
     for low, high, says in ((0, 1, "no evidence"), (-1, 0, "no evidence"), (0.1, 1, "better"), (-1, -0.1, "worse")):
         assert verdict(POINTS, low, high) == says
+    for metric in (POINTS, NATS):
+        assert verdict(metric, math.nan, math.nan) == verdict(metric, math.nan, 1.0) == "no evidence"
 
 
 def test_equal_systems_are_no_evidence_and_still_say_what_could_be_shown() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM
 
 from postil.adapter import LoraConfig, attach
 from postil.base.quantise import quantise_model
 from postil.data import Sample
+from postil.judging.scoring import row_losses
+from postil.kernels.attention.op import _small_mask
 from postil.planning.ledger import HEAP_FACTOR, SLACK, Ledger, Recorder
 from postil.planning.step import traced_step
 from postil.training import TrainOptions
@@ -68,6 +70,23 @@ def test_nothing_of_a_trace_stays_in_the_code_books() -> None:
         device="cpu", checkpointing=False, kept=False,
     )  # fmt: skip
     assert type(nf4_pairs(torch.device("cpu"))) is torch.Tensor
+
+
+def test_nothing_of_a_trace_stays_in_the_attention_masks() -> None:
+    """A window makes masks, of which small ones are kept for later calls."""
+    config = MistralConfig(**CONFIG | {"sliding_window": 5, "num_hidden_layers": 2})
+    torch.manual_seed(0)
+    model = attach(MistralForCausalLM(config).eval())
+    row = Sample(np.arange(3, 24, dtype=np.int32), np.repeat([0.0, 1.0], [1, 20]).astype(np.float32), 1)
+    _small_mask.cache_clear()
+    wanted = row_losses(model, [row], None)
+    _small_mask.cache_clear()
+    for device in ("cpu", "cuda"):
+        traced_step(
+            config, torch.float32, method="lora", lora=LoraConfig(), lengths=(21,), targets=20, device=device,
+            checkpointing=False, kept=False,
+        )  # fmt: skip
+    assert row_losses(model, [row], None) == wanted
 
 
 def test_the_seed_is_left_alone() -> None:

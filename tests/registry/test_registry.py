@@ -294,6 +294,8 @@ def test_a_name_is_told_from_a_directory(
     assert resolve_adapter("support", place) == ("support", version.path)
     assert resolve_adapter("support", None) is None
     assert resolve_adapter("runs/0/adapter", place) is None
+    with pytest.raises(RegistryError, match=r"nothing is published as 'a{300}'; known: support"):
+        resolve_adapter("a" * 300, place)
     with pytest.raises(RegistryError, match=r"'support@live' is no directory.*--registry DIR or set POSTIL_REGISTRY"):
         resolve_adapter("support@live", None)
     (tmp_path / "support@live").mkdir()

@@ -12,6 +12,8 @@ from postil.adapter.peft_files import CONFIG, OWN, WEIGHTS, load_adapter, own_te
 from postil.errors import AdapterError
 from postil.files import sha256_file, write_text
 
+VERSION = "version.json"  # lies beside an adapter in a registry (postil.registry.version)
+
 
 def adapter_sha256(adapter: Adapter | str | Path) -> str:
     """SHA-256 (hex) over adapter_model.safetensors and adapter_config.json: what decides an adapter's answers.
@@ -31,12 +33,19 @@ def adapter_sha256(adapter: Adapter | str | Path) -> str:
     return digest.hexdigest()
 
 
+def published(directory: str | Path) -> bool:
+    """Whether an adapter directory is a registry's version, which never changes."""
+    return (Path(directory) / VERSION).is_file()
+
+
 def update_card(directory: str | Path, **parts: Any) -> None:
     """Put `parts` (plain JSON values) into the card in postil.json, atomically; a key that was there is replaced.
 
     An adapter made elsewhere gets a postil.json. Weights and configuration are not written. Raises what
-    load_adapter raises, and StorageError.
+    load_adapter raises, AdapterError for a published version, and StorageError.
     """
+    if published(directory):
+        raise AdapterError(f"{directory} is a published version, which never changes; publish the adapter again")
     adapter = load_adapter(directory)
     adapter.card |= parts
     write_text(Path(directory) / OWN, own_text(adapter))

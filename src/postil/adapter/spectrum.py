@@ -15,10 +15,11 @@ from postil.adapter.adapter import Adapter
 from postil.adapter.targets import kind_of
 from postil.base import Base, Nf4Linear, fetch
 from postil.base.catalog import names as known_bases
-from postil.base.stored import StoredTensor, nf4_weights, stored_tensors
+from postil.base.stored import StoredTensor, nf4_weights, read_config, stored_tensors
 from postil.errors import AdapterError, BaseModelError, listed, nearest
 
 FLOATS = ("F32", "BF16", "F16")
+CONV1D_MODELS, CONV1D = ("gpt2", "openai-gpt"), ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored turned
 TOP, SIMILARITY = 10, 0.5  # of intruder dimensions: singular vectors looked at, and the cosine that is none
 
 
@@ -211,6 +212,7 @@ def _of_models(tuned: Path, base: Path, intruders: bool) -> Iterator[Spectrum]:
     missing = [name for name, other in pairs.items() if other is None]
     if missing or not after:
         raise BaseModelError(f"{base} stores no {listed(missing)}, which {tuned} has: give the base it came from")
+    turned = CONV1D if read_config(base).get("model_type") in CONV1D_MODELS else ()
     for name, tensor in after.items():
         own = before[str(pairs[name])]
         if tensor.shape != own.shape:
@@ -218,12 +220,14 @@ def _of_models(tuned: Path, base: Path, intruders: bool) -> Iterator[Spectrum]:
                 f"{name} is {list(tensor.shape)} in {tuned} but {list(own.shape)} in {base}: they are not of one base"
             )
         new, old = _read(tensor), _read(own)
+        if name.endswith(turned):
+            new, old = new.T, old.T
         change = new - old
         if bool(change.any()):
             found = intruders_of(old, new) if intruders and "embed" not in name else None
             values = torch.linalg.svdvals(change).double()
             path = name.removesuffix(".weight")
-            rows, columns = tensor.shape
+            rows, columns = new.shape
             yield Spectrum(path, rows, columns, values, float(torch.linalg.vector_norm(old)), found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -28,6 +29,8 @@ from postil.cli import (
 from postil.errors import PostilError
 
 USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of a slip's error
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # what a path may run into
 
 app = typer.Typer(
     name="postil",
@@ -78,6 +81,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in REFUSED or error.filename is None:
+            raise
+        print(f"postil: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
     except USAGE as error:
         print(usage_sentence(error), file=sys.stderr)
         raise SystemExit(2) from None

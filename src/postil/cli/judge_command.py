@@ -95,17 +95,17 @@ def judge(
             watch=watch, keep=keep, force=force,
         )  # fmt: skip
     _print(card)
-    page = write_beside(adapter, predictions=predictions) if keep else None
-    if page is not None:
-        console.note(f"report: {page}")
     result = check(card, expression, in_service) if expression is not None else None
     if json_ is not None:
         told = {"score_card": card.model_dump(mode="json"), "gate": result.as_dict() if result is not None else None}
         write_json(json_, told)
+    if result is not None and junit is not None:
+        write_text(junit, result.junit(str(adapter)))
+    page = write_beside(adapter, predictions=predictions) if keep else None  # last: what scripts read is written
+    if page is not None:
+        console.note(f"report: {page}")
     if result is None:
         return
-    if junit is not None:
-        write_text(junit, result.junit(str(adapter)))
     if not result.passed:
         raise refusal(result)
     console.out.print(result.sentence, markup=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def card_html(card: ScoreCard) -> Iterator[str]:
             f"{found.matched_tokens} tokens or more, the base {found.base.value:.1f}%{rest}.</p>"
         )
     sets = [
-        f"{escape(path)}: {escape(part.data.name)}, {part.counted} <code>{part.data.sha256[:12]}</code>"
+        f"{escape(path)}: {escape(part.data.name)}, {part.counted} <code>{escape(part.data.sha256[:12])}</code>"
         for path, part in parts.items()
     ]
     notes = [escape(note) for note in card.notes]

@@ -161,8 +161,8 @@ def _compared(leaf: Compare, item: _Item, live: ScoreCard | None) -> Condition:
     left = m.adapter.value if not leaf.end else m.base.value + getattr(m.difference, leaf.end)
     anchor, aside = _anchor(leaf, item, live)
     right = anchor + leaf.offset
-    if math.isnan(left) or math.isnan(right):
-        raise NoAnswer(f"{item.label} is not a number there, so nothing can be said about {leaf}")
+    if not (math.isfinite(left) and math.isfinite(right)):
+        raise NoAnswer(f"{item.label} is no finite number there, so nothing can be said about {leaf}")
     passed = {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[leaf.sign]
     here, there = _texts(left, right)
     bound = f"{leaf.right}{aside} = {there}" if leaf.anchor else there
@@ -220,8 +220,9 @@ def _in_service(leaf: Leaf, item: _Item, live: ScoreCard) -> Comparison:
 def _check(label: str, measure: Comparison) -> None:
     if not measure.rows:
         raise NoAnswer(f"{label} was measured on no rows; judge the adapter again on a set that has some")
-    if math.isnan(measure.adapter.value) or math.isnan(measure.base.value):
-        raise NoAnswer(f"{label} is not a number; an adapter that answers with NaN is broken, train it again")
+    for who, value in (("adapter", measure.adapter.value), ("base", measure.base.value)):
+        if not math.isfinite(value):
+            raise NoAnswer(f"{label} is {value} for the {who}, no finite number: what answers so is broken")
 
 
 def _texts(left: float, right: float) -> tuple[str, str]:

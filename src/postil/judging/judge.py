@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from postil.adapter import AdaptedModel
+from postil.adapter.identity import published
 from postil.base import Base
 from postil.data import DataOptions, load_data
 from postil.engine.engine import eos_ids
@@ -62,8 +63,9 @@ def judge(
     answered by likelihood. train: rows that few-shot examples are drawn from (options.shots). leaks: rows it was
     trained on, tried for verbatim leakage. gate: the expression that the card is for, so that a measure misspelt in
     it is found before the work. predictions: a JSONL for every answer. watch: told {"phase", "done", "total"}. keep:
-    put the card into an Adapter's `card`, or the directory's postil.json. force: take an adapter
-    made for another base. Raises JudgeError, DataError, AdapterError, BaseModelError, StorageError.
+    put the card into an Adapter's `card`, or the directory's postil.json, unless that is a published version.
+    force: take an adapter made for another base. Raises JudgeError, DataError, AdapterError, BaseModelError,
+    StorageError.
     """
     options = options or JudgeOptions()
     sources = Sources(target, general, choices, pairs, train, leaks)
@@ -72,6 +74,11 @@ def judge(
     if not (sources.any_set() or options.lm_eval.tasks):
         raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
     with opened(base, judged, force=force) as subject:
+        if keep and subject.directory is not None and published(subject.directory):
+            keep = False
+            subject.notes.append(
+                f"{subject.directory} is a published version, which never changes: it keeps its card"
+            )
         job = _prepared(subject, options, sources, watch)
         if gate is not None and job.tasks is None:  # lm-eval's measures are known after its tasks have run
             check_measures(gate, [*job.metrics, NATS.name] if job.target is not None else None, job.general.measures)

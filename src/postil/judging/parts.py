@@ -99,9 +99,13 @@ def slices_of(
         found: dict[str, list[int]] = {}
         for unit, row in enumerate(rows):
             value = row.get(column)
-            for one in value if isinstance(value, list) else [value]:
-                if isinstance(one, str | int | float | bool):
-                    found.setdefault(str(one), []).append(unit)
+            values = value if isinstance(value, list) else [value]
+            for one in dict.fromkeys(str(one) for one in values if isinstance(one, str | int | float | bool)):
+                if not one.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in one):
+                    raise JudgeError(
+                        f"slices: a value of {column} holds half a surrogate pair, which is no text: {one!a}"
+                    )
+                found.setdefault(one, []).append(unit)
         kept = {value: np.array(units) for value, units in sorted(found.items()) if len(units) >= smallest}
         if kept:
             slices[column] = kept

@@ -124,7 +124,7 @@ def _object(file: Path) -> dict[str, Any]:
 def _lines(file: Path, key: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file that hold `key`. Raises JudgeError naming the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # U+2028 ends no line of JSON
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"{file} cannot be read ({error})") from None
     out = []

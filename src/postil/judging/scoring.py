@@ -44,9 +44,9 @@ def row_losses(
     adapter: a resident's name, weights by name (0.5 halves its term), or None for the bare base. A sample's
     nats do not depend on the others. Raises AdapterError for an unknown name.
     """
-    weights, device, out = weights_of(adapter), model.base.device, Losses()
-    for group in _budgeted(samples):
-        shared = pack_shared(group, model.shares_beginnings)
+    weights, device, out, share = weights_of(adapter), model.base.device, Losses(), model.shares_beginnings
+    for group in _budgeted(samples, share):
+        shared = pack_shared(group, share)
         packed = shared.pack
         spans = model.spans_for(weights, len(packed.ids))
         ids, positions = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
@@ -65,9 +65,9 @@ def token_scores(
     model: AdaptedModel, samples: Sequence[Sample], adapter: Adapters, done: Done = lambda _: None
 ) -> list[tuple[float, bool]]:
     """Per sample (sum of nats over its target tokens, whether each is the likeliest), in the samples' order."""
-    weights, out = weights_of(adapter), list[tuple[float, bool]]()
-    for group in _budgeted(samples):
-        shared = pack_shared(group, model.shares_beginnings)
+    weights, out, share = weights_of(adapter), list[tuple[float, bool]](), model.shares_beginnings
+    for group in _budgeted(samples, share):
+        shared = pack_shared(group, share)
         packed = shared.pack
         targets = np.flatnonzero(packed.weights)
         rows = torch.from_numpy(targets - 1).to(model.base.device)  # the state before a token predicts it
@@ -129,14 +129,14 @@ def _per_sample(values: torch.Tensor, targets: NDArray[np.int64], lengths: Seque
     return [(float(total), int(count)) for total, count in zip(sums, counts, strict=True)]
 
 
-def _budgeted(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours, as many as fit in PACK_TOKENS; a beginning that a sample shares with the one before is not counted
+def _budgeted(samples: Sequence[Sample], share: bool = False) -> Iterator[list[Sample]]:
+    """Neighbours, as many as fit in PACK_TOKENS; share: what a sample begins with like the one before is not counted
     again."""
     group: list[Sample] = []
     tokens = 0
     for sample in samples:
         more = len(sample.ids)
-        if group and begins_like(group[-1], sample):
+        if share and group and begins_like(group[-1], sample):
             more -= beginning(sample)
         if group and tokens + more > PACK_TOKENS:
             yield group

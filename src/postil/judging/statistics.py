@@ -91,7 +91,7 @@ def compare(
 
 def verdict(metric: Metric, low: float, high: float) -> Verdict:
     """What the interval [low, high] of the difference (adapter minus base) says, as the metric is better."""
-    if low <= 0 <= high:
+    if low <= 0 <= high or math.isnan(low) or math.isnan(high):
         return "no evidence"
     return "better" if (low > 0) == (metric.sign > 0) else "worse"
 

@@ -209,7 +209,7 @@ def resolve_adapter(given: str, registry: str | Path | None) -> tuple[str, Path]
     Registry.resolve does, and where a registry is needed and none was named.
     """
     name, mark, _ = given.partition("@")
-    if Path(given).exists() or os.sep in given or not (mark or registry is not None):
+    if os.path.exists(given) or os.sep in given or not (mark or registry is not None):
         return None
     if registry is None:
         raise RegistryError(

@@ -11,7 +11,7 @@ from postil.errors import PostilError, RegistryError
 from postil.files import sha256_file
 from postil.settings import Settings
 
-MANIFEST = "version.json"
+MANIFEST = "version.json"  # postil.adapter.identity knows it too, without which this module imports fast
 KEPT = ("adapter_config.json", "adapter_model.safetensors", "postil.json", "README.md")  # what a version consists of
 SHORT = 12  # digits of a digest that are shown
 

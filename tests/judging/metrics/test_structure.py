@@ -52,9 +52,16 @@ def test_schemas_that_cannot_be_used() -> None:
         ({"$ref": "https://example.org/other.json"}, "row 1: the JSON schema refers to what it does not hold"),
         ("[]", r"row 1: a JSON schema must be an object, found '\[\]'"),
         (None, "row 1: no column 'schema'"),
+        ({"$schema": ["x"]}, r"row 1: the JSON schema is none: its \$schema must be a string, found \['x'\]"),
+        ({"$ref": "#"}, "row 1: the JSON schema refers to itself without end"),
+        ({"properties": {"a": {"pattern": r"^\p{L}+$"}}}, "row 1: the JSON schema is none: .* is not a 'regex'"),
+        ({"patternProperties": {"(?<n>a)": {}}}, "row 1: the JSON schema is none: .* is not a 'regex'"),
     ):
         with pytest.raises(JudgeError, match=wrong):
             score("json_schema", ["{}"], [{"schema": schema}])
+        if not (isinstance(schema, dict) and "$ref" in schema):  # seen before a single answer is there
+            with pytest.raises(JudgeError, match=wrong):
+                score("json_schema", [""], [{"schema": schema}])
     with pytest.raises(JudgeError, match="integr"):
         metric_named("json_schema", {"json_schema": {"type": "integr"}})
 

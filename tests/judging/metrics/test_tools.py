@@ -187,6 +187,8 @@ def test_valid_calls_keep_to_an_offered_tools_schema() -> None:
         ("valid_calls", {"calls": [call()]}, "valid_calls needs the row's `tools`"),
         ("valid_calls", {"calls": [call()], "tools": [{"name": "find", "parameters": {"type": "dict"}}]},
          "the JSON schema is none: 'dict'"),
+        ("valid_calls", {"calls": [call()], "tools": [tool("find", ()), {"name": "other", "parameters": {
+            "properties": {"a": {"pattern": "(?<n>a)"}}}}]}, "is not a 'regex'"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_are_named(name: str, row: dict[str, Any], wrong: str) -> None:

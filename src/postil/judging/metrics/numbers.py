@@ -13,7 +13,7 @@ from postil.judging.metrics.rows import share, wanted
 MARK = "####"
 _MINUS = str.maketrans("−–", "--")
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)])[-+])?[$£€¥]?\s?"
+    r"(?P<sign>(?<![\w.)])[-+](?=[$£€¥.\d]))?[$£€¥]?\s?"
     r"(?P<digits>(?<![\d.])(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?P<power>[eE][-+]?\d{1,3}\b)?"
 )
 
@@ -49,7 +49,8 @@ def _wanted(row: Row, options: NumberOptions) -> list[float]:
 def last_number(text: str) -> float | None:
     """The first number after the last ####, if that mark is there and one follows; else the last number; else None.
 
-    "1,234.5" is one number and "3,4" two; a minus counts as a sign unless something is subtracted ("9-4" ends in 4).
+    "1,234.5" is one number and "3,4" two; a minus counts as a sign directly before a number, unless something is
+    subtracted ("9-4" and "9 - 4" end in 4).
     """
     text = text.translate(_MINUS)
     if MARK in text and (found := _NUMBER.search(text.rsplit(MARK, 1)[1])):

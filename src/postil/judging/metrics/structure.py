@@ -33,11 +33,12 @@ def json_schema(given: Given) -> Metric:
     options = chosen(SchemaOptions, given)
     fixed = None if options.json_schema is None else json.dumps(options.json_schema)
     if fixed is not None:
-        fits(fixed, None)
+        checked(fixed)
 
     def right(answer: str, row: Row) -> bool:
+        schema = fixed or checked(schema_text(column_of(row, options.column)))  # also where no answer is JSON
         value = read_json(answer)
-        return value is not _NOT_JSON and fits(fixed or schema_text(column_of(row, options.column)), value)
+        return value is not _NOT_JSON and fits(schema, value)
 
     return share("json_schema", right)
 
@@ -80,12 +81,22 @@ def fits(schema: str, value: Any) -> bool:
         return bool(_validator(schema).is_valid(value))
     except Unresolvable as problem:
         raise JudgeError(f"the JSON schema refers to what it does not hold ({problem})") from None
+    except RecursionError:
+        raise JudgeError("the JSON schema refers to itself without end, or the answer is nested too deeply") from None
+
+
+def checked(schema: str) -> str:
+    """The schema (as text), its form looked at. Raises JudgeError for one that is none."""
+    _validator(schema)
+    return schema
 
 
 @functools.lru_cache(maxsize=4096)
 def _validator(schema: str) -> Any:
     """The validator of the draft that the schema names, 2020-12 by default; it fetches nothing from anywhere."""
     value = json.loads(schema)
+    if not isinstance(value.get("$schema", ""), str):
+        raise JudgeError(f"the JSON schema is none: its $schema must be a string, found {value['$schema']!r:.80}")
     kind = validator_for(value, default=Draft202012Validator)
     try:
         kind.check_schema(value)

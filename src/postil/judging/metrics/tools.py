@@ -14,7 +14,7 @@ from postil.judging.metric import Metric, Row
 from postil.judging.metrics.accept import Call, accepted, same
 from postil.judging.metrics.options import Given, NoOptions, chosen
 from postil.judging.metrics.rows import share, wanted_calls
-from postil.judging.metrics.structure import fits, schema_text
+from postil.judging.metrics.structure import checked, fits, schema_text
 
 
 def calls_in(answer: str) -> Sequence[Call] | None:
@@ -68,10 +68,10 @@ def valid_calls(given: Given) -> Metric:
         tools = _tools(row)
         if not tools:
             raise JudgeError("valid_calls needs the row's `tools` with their JSON schemas")
+        schemas = {name: checked(schema_text(schema)) for name, schema in tools.items()}
         calls = calls_in(answer)
         return bool(calls) and all(
-            call["name"] in tools and fits(schema_text(tools[call["name"]]), call["arguments"])
-            for call in calls or []
+            call["name"] in schemas and fits(schemas[call["name"]], call["arguments"]) for call in calls or []
         )
 
     return share("valid_calls", right)

@@ -114,15 +114,17 @@ def _sequence(
         return _fused(q, k, v, Segment(segment.q0, segment.q1, first, segment.k1), scale, None)
     outputs = []
     for block in _blocks(segment, window):
-        mask = _mask(block.q1 - block.q0, block.k1 - block.k0, window, q.device)
+        mask = _mask(block, window, q)
         outputs.append(_fused(q, k, v, block, scale, mask))
     return torch.cat(outputs)
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _mask(block: Segment, window: int | None, q: torch.Tensor) -> torch.Tensor:
     """bool [queries, keys]: which keys each of the last queries sees; small ones are made once for all layers."""
-    make = _small_mask if queries * keys <= SMALL_MASK else _small_mask.__wrapped__
-    return make(queries, keys, window, device)
+    queries, keys = block.q1 - block.q0, block.k1 - block.k0
+    kept = queries * keys <= SMALL_MASK and type(q) is torch.Tensor and q.device.type != "meta"  # not while planning
+    make = _small_mask if kept else _small_mask.__wrapped__
+    return make(queries, keys, window, q.device)
 
 
 @lru_cache(maxsize=512)
