@@ -112,14 +112,37 @@ def test_an_adapter_in_memory_and_a_resident_are_what_they_would_be_on_disk(
     assert mine.card["score_card"] == card.model_dump(mode="json")
     assert ScoreCard.parse(mine.card["score_card"]) == card
     model = attach(attach(base), taught, name="mine")
-    raw = options(rows={"format": "raw"})  # a resident has no recipe
-    resident = judge(model, "mine", target=files["test"], general=TEXT, options=raw)
+    resident = judge(model, "mine", target=files["test"], general=TEXT, options=options())
     for other in (card, resident):
         assert (other.target, other.general, other.adapter_sha256) == (
             whole.target, whole.general, whole.adapter_sha256
         )  # fmt: skip
     assert (list(model.residents), model.active) == (["mine"], {"mine": 1.0})
     assert shlex.split(card.command)[:3] == ["postil", "judge", "ADAPTER"]
+
+
+def test_rows_are_read_as_they_were_in_a_training_from_python(base: Base, rows: Rows, tmp_path: Path) -> None:
+    data = load_data(rows(0, 8), base, DataOptions(format="raw"))
+    model = attach(base, LoraConfig(r=2))
+    adapter = postil.train(model, data, steps=2, batch_size=4, warmup=0)
+    assert adapter is not None
+    for one in (adapter, model.export("default")):
+        assert one.card["recipe"]["rows"]["format"] == "raw"
+        assert (one.card["recipe"]["training"]["steps"], one.card["result"]["steps"]) == (2, 2)
+        assert (one.card["data"]["sha256"], one.card["data"]["samples"]) == (data.report.sha256, 8)
+    postil.detach(model)
+    place = save_adapter(adapter, tmp_path / "adapter")
+    card = judge(base, place, target=rows(40, 44), general=None, options=options())
+    assert card.target is not None
+    assert card.target.data.tokens == sum(
+        s.target_tokens for s in load_data(rows(40, 44), base, data.options).samples
+    )
+    again = attach(base, load_adapter(place))
+    assert again.export("default").card["score_card"] == card.model_dump(mode="json")
+    postil.train(again, data.samples, steps=1, batch_size=4, warmup=0)
+    trained = again.export("default").card
+    assert "score_card" not in trained
+    assert (trained["data"]["sha256"], trained["data"]["samples"]) == (None, 8)
 
 
 def test_an_adapter_made_elsewhere_gets_its_card_too(base: Base, files: dict[str, Path]) -> None:

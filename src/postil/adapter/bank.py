@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -31,7 +32,8 @@ class Resident:
     """An adapter inside a model.
 
     flat: float32 [n], all its numbers; leaves: the views that autograd sees, by name; keys: PEFT key → view.
-    groups, embeddings, saved: the same leaves as the model's modules need them.
+    groups, embeddings, saved: the same leaves as the model's modules need them. card: what is known of how it came
+    to be, as in an Adapter; training begins it anew.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Resident:
     groups: dict[str, AdapterSlot] = field(default_factory=dict)
     embeddings: dict[str, EmbeddingSlot] = field(default_factory=dict)
     saved: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

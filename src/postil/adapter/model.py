@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -212,6 +213,7 @@ class AdaptedModel:
         resident = make_resident(name, slot, config, targets, grouping, replaced, self.base.device)
         if isinstance(source, Adapter):
             fill(resident, source.tensors, spare=self._base_copies(source.tensors))
+            resident.card = copy.deepcopy(source.card)
         else:
             initialise(resident, replaced, seed)
         for path in resident.saved:
@@ -310,7 +312,7 @@ class AdaptedModel:
             tensors={key: view.detach().cpu().clone() for key, view in resident.keys.items()},
             base={"source": fingerprint.source, "form": fingerprint.form},
             base_name=self.base.source,
-            card={"fan_in_fan_out": True} if conv1d else {},
+            card=copy.deepcopy(resident.card) | ({"fan_in_fan_out": True} if conv1d else {}),
         )
 
     def coverage(self, name: str) -> Coverage:

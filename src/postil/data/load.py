@@ -24,10 +24,11 @@ _NAMED = 5  # bad lines that an error names
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Samples ready to be packed, in the source's order, and the report of how they came to be."""
+    """Samples ready to be packed, in the source's order, the report of how they came to be, and the options."""
 
     samples: list[Sample]
     report: DataReport
+    options: DataOptions = field(default_factory=DataOptions)
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ def load_data(
             f"({limit} tokens), {len(tally.no_target)} have no token with loss within it."
         )
     bad_file = _write_bad(opened, reading.bad, side_directory)
-    return Dataset(samples, _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file))
+    return Dataset(samples, _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file), options)
 
 
 def _tokenizer_of(given: Any, context: int | None) -> tuple[Any, int | None]:

@@ -110,8 +110,9 @@ def is_model_directory(path: Path) -> bool:
 def _resident(model: AdaptedModel, source: Adapter | str | Path, force: bool) -> Iterator[Subject]:
     if isinstance(source, str):
         adapter = model.export(source)
-        note = f"{source!r} was judged as it is resident: its rows are read by default, and its files get no card"
-        yield Subject(model, model, source, adapter_sha256(adapter), adapter, notes=[note])
+        note = f"{source!r} was judged as it is resident: its files get no card"
+        recipe = dict(adapter.card.get("recipe") or {})
+        yield Subject(model, model, source, adapter_sha256(adapter), adapter, None, recipe, [note])
         return
     directory = source if isinstance(source, Path) else None
     adapter = load_adapter(source) if isinstance(source, Path) else source

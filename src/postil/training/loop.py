@@ -29,6 +29,7 @@ from postil.files import remove_leftovers
 from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import spans_of, to_device
+from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.general import General, check_general, kl_gradients, split_general
 from postil.training.guard import Gauge, Guarded, keep
@@ -83,7 +84,13 @@ def train(
     if outcome.stopped:
         raise KeyboardInterrupt
     refuse_untouched(outcome)
-    return model.export(name) if options.method != "full" else None
+    if options.method == "full":
+        return None
+    model.resident(name).card = card_of(
+        recipe_of(model, name, data, options), outcome, data, samples=len(_samples(data)), held_out=valid,
+        held_out_samples=len(_samples(valid)), general=general,
+    )  # fmt: skip
+    return model.export(name)
 
 
 def refuse_untouched(outcome: Outcome) -> None:
@@ -120,6 +127,8 @@ def run(
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     model.checkpointing = options.gradient_checkpointing
+    if resident is not None:
+        resident.card = {}
     try:
         with _only_trainer(directory):
             return _train(model, samples, valid, beside, directory, resident, weights, options, watch, tell)

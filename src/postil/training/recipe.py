@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +18,7 @@ from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
 from postil.errors import RecipeError, RunError, listed
 from postil.files import atomic_directory, write_json, write_text
 from postil.settings import Settings
+from postil.training.card import card_of
 from postil.training.general import check_general, split_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import TrainOptions
@@ -191,25 +191,10 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
         _save_model(job, out / "model")
     else:
         adapter = job.model.export("default")
-        report = job.dataset.report
-        adapter.card |= {
-            "recipe": fields,
-            "data": {
-                "sha256": report.sha256,
-                "samples": len(job.training),
-                "held_out": len(job.valid),
-                "held_out_sha256": job.held_out.report.sha256 if job.held_out is not None else None,
-                "general_sha256": job.general.report.sha256 if job.general is not None else None,
-            },
-            "versions": {name: version(name) for name in ("postil", "torch", "transformers")},
-            "template_hash": report.template_hash,
-            "result": {
-                "steps": outcome.steps,
-                "valid_loss": outcome.valid_loss,
-                "best_step": outcome.best_step,
-                "guard": outcome.guarded.facts() if outcome.guarded is not None else None,
-            },
-        }
+        adapter.card |= card_of(
+            fields, outcome, job.dataset, samples=len(job.training), held_out=job.held_out,
+            held_out_samples=len(job.valid), general=job.general,
+        )  # fmt: skip
         from postil.adapter.peft_files import save_adapter
 
         save_adapter(adapter, out / "adapter")
