@@ -1,8 +1,8 @@
-"""The life of a note on the real base: refused, published, served, changed by a byte, rolled back, by the commands.
+"""The life of a note on the real base, by commands: judged, refused, published, served, changed, rolled back.
 
-Takes runs that bench/evidence.py has trained and judged: `over_1e-2`, over-trained on purpose, and two guarded ones.
-Every step is a `postil` command in a process of its own; an answer other than the expected one ends with an error.
-Writes bench/results/lifecycle.json.
+Takes two runs that bench/evidence.py has trained: one over-trained on purpose, and a guarded one, which is published;
+cut to half its rank it takes its own place. Every step is a `postil` command in a process of its own; an answer other
+than the expected one ends with an error. Writes bench/results/lifecycle.json.
 """
 
 from __future__ import annotations
@@ -21,12 +21,31 @@ from postil.files import write_json, write_text
 
 HERE = Path(__file__).parent
 QUESTIONS = 8
+ROWS, TOKENS = 100, 16_384  # that each adapter is judged on
 
 
 def postil(*words: str | Path) -> tuple[int, str, str]:
     """A command's exit code, what it printed and what it said."""
     done = subprocess.run([sys.executable, "-m", "postil", *map(str, words)], capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
+
+
+def done(*words: str | Path) -> str:
+    """What a command that must succeed printed."""
+    code, out, said = postil(*words)
+    if code:
+        raise SystemExit(f"{' '.join(map(str, words))}: {said}")
+    return out
+
+
+def judge(adapter: Path, target: Path, general: Path) -> str:
+    """Give the adapter a card, of fewer rows than the evidence's; what it says in a sentence."""
+    settings = ("metrics=[bleu]", f"limit={ROWS}", "max_new_tokens=80", "batch=64", f"general.tokens={TOKENS}")
+    said = done(
+        "judge", adapter, "--base", BASE, "--target", target, "--general", general,
+        *(word for setting in settings for word in ("--set", setting)),
+    )  # fmt: skip
+    return said.strip().splitlines()[-1]
 
 
 def expect(what: str, found: object, wanted: object) -> None:
@@ -49,12 +68,21 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence/e2e_nlg"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--over", default="over_1e-2")
-    parser.add_argument("--first", default="guard_kl_0.5", help="the guarded run that is published first")
-    parser.add_argument("--second", default="guard_kl_0.5_to_4", help="takes its place and is rolled back")
+    parser.add_argument("--guarded", default="guard_r64_kl_0.5")
     given = parser.parse_args()
-    over, first, second = (given.runs / name / "run/adapter" for name in (given.over, given.first, given.second))
     with tempfile.TemporaryDirectory() as folder:
-        result = lived(Path(folder), over, first, second, test_set(given.data)[0][::80][:QUESTIONS])
+        place = Path(folder)
+        over, first = (
+            shutil.copytree(given.runs / name / "run/adapter", place / name) for name in (given.over, given.guarded)
+        )
+        rank = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["r"] // 2
+        done("shrink", first, "--rank", rank, "--out", place / "second")
+        general = given.data / "general/wikitext2_test.jsonl"
+        test = given.runs / given.over / "test.jsonl"
+        said = {adapter.name: judge(adapter, test, general) for adapter in (over, first, place / "second")}
+        result = {"judged": said} | lived(
+            place, over, first, place / "second", test_set(given.data)[0][::80][:QUESTIONS]
+        )
     write_json(HERE / "results/lifecycle.json", {"runs": vars(given) | {"runs": "", "data": ""}, **result,
                                                  "machine": machine()})  # fmt: skip
     print(json.dumps(result, indent=1))
@@ -69,12 +97,10 @@ def lived(place: Path, over: Path, first: Path, second: Path, prompts: list[str]
     )
 
     def answers(adapter: str | Path, where: Path = registry) -> list[str]:
-        code, out, said = postil(
+        out = done(
             "generate", "--base", BASE, "--requests", requests, "--adapter", f"note={adapter}", "--registry", where,
             "--raw", "-n", "40",
         )  # fmt: skip
-        if code:
-            raise SystemExit(f"generate with {adapter}: {said}")
         return [json.loads(line)["text"] for line in out.splitlines()]
 
     def publish(adapter: Path) -> tuple[int, str]:
