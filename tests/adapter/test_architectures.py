@@ -52,20 +52,22 @@ def test_a_pack_of_mixed_adapters_equals_each_sequence_alone(architecture: str, 
 
 
 def test_a_shared_beginning_equals_each_sequence_whole(architecture: str, lab: Any) -> None:
-    """The third part follows the first, the fourth the second, through windows of every kind."""
+    """The third part follows the first, the fourth the second, the last the third, through windows of every kind."""
     model = attach(lab.tiny(architecture), LoraConfig(target_modules="all-linear"), name="a")
     lab.scramble(model, "a", seed=1)
-    lengths, before, firsts = (9, 2, 6, 1, 3), (None, None, 0, 1, 0), (0, 0, 9, 2, 9)
+    lengths, before, firsts = (9, 2, 6, 1, 3, 4), (None, None, 0, 1, 0, 2), (0, 0, 9, 2, 9, 15)
     ids = torch.randint(3, 101, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     parts = ids.split(lengths)
     positions = torch.cat([torch.arange(first, first + size) for first, size in zip(firsts, lengths, strict=True)])
     slot = model.resident("a").slot
-    spans = Spans.of([Span(0, 9, slot), Span(11, 17, slot), Span(18, 21, slot)])
+    spans = Spans.of([Span(0, 9, slot), Span(11, 17, slot), Span(18, 25, slot)])
     with torch.no_grad(), model.using(Layout.packed(lengths, spans, before)):
         packed = model.logits(model.hidden(ids, positions), spans).split(lengths)
-    for part, earlier, found, own in zip(range(5), before, packed, parts, strict=True):
-        model.activate(*(["a"] if part in (0, 2, 4) else []))
-        whole = own if earlier is None else torch.cat([parts[earlier], own])
+    for part, found, own in zip(range(6), packed, parts, strict=True):
+        model.activate(*(["a"] if part in (0, 2, 4, 5) else []))
+        whole, earlier = own, before[part]
+        while earlier is not None:
+            whole, earlier = torch.cat([parts[earlier], whole]), before[earlier]
         torch.testing.assert_close(found, lab.plain(model, whole)[-len(own) :], rtol=0, atol=1e-5)
 
 
@@ -73,14 +75,14 @@ def test_rows_with_one_prompt_score_as_each_alone(architecture: str, lab: Any) -
     """Also where the longer ones have other rotary frequencies than their prompt alone, which then is not shared."""
     model = attach(lab.tiny(architecture))
     assert model.shares_beginnings == (architecture not in (*OWN_PATH, *BY_LENGTH))
-    ids = np.random.default_rng(0).integers(3, 101, 30)
+    ids = np.random.default_rng(0).integers(3, 101, 40)
     rows = [
-        Sample(np.array([*ids[:6], *tail], dtype=np.int32), np.repeat([0, 1], [6, len(tail)]).astype(np.float32), 1)
-        for tail in (ids[6:7], ids[7:21], ids[21:23])
+        Sample(np.array([*ids[:9], *tail], dtype=np.int32), np.repeat([0, 1], [9, len(tail)]).astype(np.float32), 1)
+        for tail in (ids[9:10], ids[10:24], ids[24:26])
     ]
     for row, (total, count) in zip(rows, row_losses(model, rows, None), strict=True):
         logs = lab.plain(model, torch.from_numpy(row.ids).long()).log_softmax(-1)
-        alone = [float(logs[t - 1, row.ids[t]]) for t in range(6, len(row.ids))]
+        alone = [float(logs[t - 1, row.ids[t]]) for t in range(9, len(row.ids))]
         assert (total, count) == (pytest.approx(-sum(alone), rel=1e-5), len(alone))
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postil.data import Pack, Sample, epoch_steps, pack, split_valid
-from postil.data.packs import beginning, begins_like, pack_shared
+from postil.data.packs import SHARED_TOKENS, pack_shared
 from postil.errors import DataError, RecipeError
 
 
@@ -170,33 +168,58 @@ def test_split_valid_depends_on_the_seed_and_refuses_nonsense() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(0, 4)), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 2), max_size=4), st.integers(0, 4), st.integers(0, 3)),
+        min_size=1, max_size=14,
+    ),
     st.booleans(),
-)
-def test_shared_beginnings_leave_every_sample_whole(kinds: list[tuple[int, int, int]], same: bool) -> None:
-    """Samples of three prompts: ids, positions and weights of each, read back through its beginning."""
+)  # fmt: skip
+def test_shared_beginnings_leave_every_sample_whole(kinds: list[tuple[list[int], int, int]], sort: bool) -> None:
+    """Prompts of blocks of five tokens, by their first number: ids, positions and weights of each sample, read back
+    along the parts that it continues."""
     samples = []
-    for kind, prompt, answer in kinds:
-        size = 5 if same else prompt
-        ids = np.array([*range(100 * kind, 100 * kind + size), *[7] * answer], dtype=np.int32)
-        samples.append(Sample(ids, np.repeat([0.0, 1.0], [size, answer]).astype(np.float32), len(samples) + 1))
+    for blocks, more, answer in sorted(kinds) if sort else kinds:
+        prompt = [100 * block + n for block in blocks for n in range(5)] + [7] * more
+        ids = np.array([*prompt, 1, *[9] * answer], dtype=np.int32)
+        weights = np.repeat([0.0, 1.0], [len(prompt) + 1, answer]).astype(np.float32)
+        samples.append(Sample(ids, weights, len(samples) + 1))
     got = pack_shared(samples)
     edges = np.cumsum([0, *got.pack.lengths])
     assert len(got.samples) == len(samples)
+    assert list(got.samples) == sorted(got.samples)
     for sample, place in zip(samples, got.samples, strict=True):
-        earlier = got.before[place]
-        rows = np.concatenate(
-            [np.arange(edges[part], edges[part + 1]) for part in (earlier, place) if part is not None]
-        )
-        assert got.pack.ids[rows].tolist() == sample.ids.tolist()
-        assert got.pack.positions[rows].tolist() == list(range(len(sample.ids)))
-        assert got.pack.weights[rows].tolist() == sample.weights.tolist()
+        chain: list[int] = []
+        part: int | None = place
+        while part is not None:
+            chain = [*range(edges[part], edges[part + 1]), *chain]
+            assert part == place or part not in got.samples
+            part = got.before[part]
+        assert got.pack.ids[chain].tolist() == sample.ids.tolist()
+        assert got.pack.positions[chain].tolist() == list(range(len(sample.ids)))
+        assert got.pack.weights[chain].tolist() == sample.weights.tolist()
         assert not got.pack.weights[edges[place]]  # the state before a target is in its own part
     parts = {place for place in got.before if place is not None}
-    assert parts.isdisjoint(got.samples)
     assert len(got.pack.lengths) == len(parts) + len(samples)
     assert all(sum(earlier == part for earlier in got.before) > 1 for part in parts)  # only what several share
-    runs = [begins_like(a, b) for a, b in itertools.pairwise(samples)]
-    assert len(got.pack.ids) == sum(len(s.ids) for s in samples) - sum(
-        beginning(s) for s, alike in zip(samples[1:], runs, strict=True) if alike
-    )
+    assert all(got.pack.lengths[part] >= SHARED_TOKENS for part in parts)
+    apart = pack_shared(samples, share=False)
+    assert (apart.pack.lengths, set(apart.before)) == (tuple(len(s.ids) for s in samples), {None})
+    if not parts:
+        assert got.pack.ids.tolist() == apart.pack.ids.tolist()
+
+
+def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() -> None:
+    examples = list(range(10, 30))
+    samples = [
+        Sample(
+            np.array([*examples, *[100 + question] * 9, 1, 50 + choice], dtype=np.int32),
+            np.array([0.0] * 30 + [1.0], dtype=np.float32), 1,
+        )
+        for question in range(2) for choice in range(3)
+    ]  # fmt: skip
+    got = pack_shared(samples)
+    assert got.pack.lengths == (20, 9, 2, 2, 2, 9, 2, 2, 2)
+    assert got.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
+    assert got.samples == (2, 3, 4, 6, 7, 8)
+    with pytest.raises(DataError, match="at least one sample"):
+        pack_shared([])

@@ -73,9 +73,13 @@ def test_rows_with_one_prompt_have_the_losses_of_each_alone(
 ) -> None:
     monkeypatch.setattr(scoring, "PACK_TOKENS", budget)
     rows = [
-        *alike([[4, 5], [4, 5], [7], [9, 1, 2, 3]], 6), *samples[:2], *alike([[3], [5]], 1), *alike([[8]], 9, seed=1),
-        *alike([[8, 2], [1]], 9, seed=2), *alike([[6, 6]], 9, seed=2),
+        *alike([[4, 5], [4, 5], [7], [9, 1, 2, 3]], 12), *samples[:2], *alike([[3], [5]], 1),
+        *alike([[8]], 19, seed=1), *alike([[8, 2], [1]], 19, seed=2), *alike([[6, 6]], 19, seed=2),
     ]  # fmt: skip
+    longer = np.array([*rows[0].ids[:11], *range(20, 32)], dtype=np.int32)  # another question after the same examples
+    for tail in ([5], [6, 7]):
+        rows.append(Sample(np.array([*longer, *tail], dtype=np.int32), np.array([0.0] * 23 + [1.0] * len(tail)), 1))
+    rows.append(alike([[9]], 12)[0])
     scores = token_scores(model, rows, "note")
     for sample, (total, count), (nats, greedy) in zip(rows, row_losses(model, rows, "note"), scores, strict=True):
         logs = log_probs(model, sample.ids, {"note": 1.0})
@@ -97,6 +101,11 @@ def test_a_prompt_of_several_rows_is_computed_once(model: AdaptedModel, monkeypa
     monkeypatch.setattr(AdaptedModel, "hidden", counting)
     row_losses(model, alike([[4, 5], [7], [9]], 20), None)
     assert seen == [19 + 3 + 2 + 2]  # the last token of the prompt predicts each answer's first
+    first, second = alike([[4], [5]], 30), alike([[4], [5]], 30)
+    for sample in second:  # another question after twelve equal tokens
+        sample.ids[12:30] = 1
+    row_losses(model, [*first, *second], None)
+    assert seen[1:] == [12 + 2 * (17 + 2 + 2)]
 
 
 def test_a_scale_of_nought_is_the_base_and_of_one_the_adapter(model: AdaptedModel, samples: list[Sample]) -> None:

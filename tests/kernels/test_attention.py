@@ -60,7 +60,8 @@ def cases(draw: st.DrawFn) -> tuple[list[Segment], int, dict[str, Any], bool]:
     for _ in range(draw(st.integers(0, 4))):
         queries = draw(st.integers(0, 9))
         keys = queries + draw(st.integers(0, 6))
-        prefix = (0, lead) if lead and draw(st.booleans()) else None
+        middle = draw(st.integers(0, lead))
+        prefix = draw(st.sampled_from([(), ((0, lead),), ((0, middle), (middle, lead))])) if lead else ()
         segments.append(Segment(q, q + queries, k, k + keys, prefix))
         q, k = q + queries, k + keys + draw(st.integers(0, 2))
     options = {
@@ -109,8 +110,9 @@ def test_a_prefix_stands_before_the_segments_own_keys(window: int | None, option
     """The last 300 of 305 queries of one sequence, its first five keys lying elsewhere, see what they always saw."""
     q, k, v = make(305, 305, 2, 1)
     whole = attention_reference(q, k, v, packed(305), scale=SCALE, window=window, **options)
-    moved = [torch.cat([part[:5], torch.full_like(part[:7], 9.0), part[5:]]) for part in (k, v)]
-    rest = [Segment(0, 300, 12, 312, prefix=(0, 5))]
+    holes = [torch.full_like(part[:7], 9.0) for part in (k, v)]
+    moved = [torch.cat([part[3:5], hole, part[:3], part[5:]]) for part, hole in zip((k, v), holes, strict=True)]
+    rest = [Segment(0, 300, 12, 312, prefix=((9, 12), (0, 2)))]
     found = attention(q[5:], *moved, rest, scale=SCALE, window=window, **options)
     torch.testing.assert_close(found, whole[5:], rtol=1e-4, atol=1e-5)
     assert_same((q[5:], *moved), rest, window=window, **options)
@@ -118,31 +120,32 @@ def test_a_prefix_stands_before_the_segments_own_keys(window: int | None, option
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=3)), max_size=4),
+    st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 20)), max_size=8),
     st.sampled_from([None, 1, 4, 30]),
     st.sampled_from([None, None, 2.0]),
 )
 def test_a_pack_of_shared_beginnings(
-    groups: list[tuple[int, list[int]]], window: int | None, softcap: float | None
+    parts: list[tuple[int, int | None]], window: int | None, softcap: float | None
 ) -> None:
-    lengths, before = list[int](), list[int | None]()
-    for first, rests in groups:
-        place = len(lengths)
-        lengths += [first, *rests]
-        before += [None, *[place] * len(rests)]
+    """Each part continues an earlier one or begins by itself; its rows are those of the whole sequence alone."""
+    lengths = [length for length, _ in parts]
+    before = [earlier % n if n and earlier is not None else None for n, (_, earlier) in enumerate(parts)]
     segments = list(Layout.packed(lengths, before=before).segments)
     assert_same(make(sum(lengths), sum(lengths)), segments, window=window, softcap=softcap)
     q, k, v = make(sum(lengths), sum(lengths))
     found = attention(q, k, v, segments, scale=SCALE, window=window, softcap=softcap)
     starts = [0, *itertools.accumulate(lengths)]
-    for index, place in enumerate(before):
-        rows = [*([] if place is None else range(starts[place], starts[place + 1])),
-                *range(starts[index], starts[index + 1])]  # fmt: skip
+    for index in range(len(parts)):
+        chain: list[int] = []
+        place: int | None = index
+        while place is not None:
+            chain = [*range(starts[place], starts[place + 1]), *chain]
+            place = before[place]
         alone = attention_reference(
-            q[rows], k[rows], v[rows], packed(len(rows)), scale=SCALE, window=window, softcap=softcap
+            q[chain], k[chain], v[chain], packed(len(chain)), scale=SCALE, window=window, softcap=softcap
         )
         own = found[starts[index] : starts[index + 1]]
-        torch.testing.assert_close(own, alone[len(rows) - len(own) :], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own, alone[len(chain) - len(own) :], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}])

@@ -390,12 +390,12 @@ class AdaptedModel:
             raise InternalError("this architecture keeps no packed key-value store")
         parts = []
         for segment in self.layout.segments:
-            ahead = range(*segment.prefix) if segment.prefix is not None else range(0)
-            rows = [*ahead, *range(segment.q0, segment.q1)]  # its beginning again, with it
+            own = range(segment.q0, segment.q1)
+            rows = [*(row for part in segment.prefix for row in range(*part)), *own]  # its beginning again, with it
             layout = Layout.packed([len(rows)], self.layout.spans.take(rows))
             with self.again(layout, None):
                 out = self.decoder(input_ids=ids[None, rows], use_cache=False)
-                parts.append(out.last_hidden_state[0, len(ahead) :])
+                parts.append(out.last_hidden_state[0, len(rows) - len(own) :])
         return torch.cat(parts)
 
     def logits(self, hidden: torch.Tensor, spans: Spans) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from postil import seeds
 from postil.errors import DataError, RecipeError
+
+SHARED_TOKENS = 8  # the fewest that are worth a part of their own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +70,11 @@ def pack(samples: Sequence[Sample]) -> Pack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPack:
-    """Samples of which neighbours with an equal prompt have it once.
+    """Samples of which neighbours that begin alike have their beginning once.
 
     pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. before: per
-    part the part that is its beginning (None: it begins by itself). samples: the parts that stand for the samples,
-    in their order.
+    part the one that it continues (None: it begins by itself). samples: the parts that end the samples, in their
+    order.
     """
 
     pack: Pack
@@ -79,45 +82,56 @@ class SharedPack:
     samples: tuple[int, ...]
 
 
-def beginning(sample: Sample) -> int:
-    """How many of its first tokens may be shared: those before the one from which the first target is predicted."""
+def shared_tokens(sample: Sample, other: Sample) -> int:
+    """How many first tokens two samples have in common and may share: those before the one from which the first
+    target of either is predicted."""
+    size = min(_untaught(sample), _untaught(other))
+    apart = np.flatnonzero(sample.ids[:size] != other.ids[:size])
+    common = int(apart[0]) if len(apart) else size
+    return common if common >= SHARED_TOKENS else 0
+
+
+def _untaught(sample: Sample) -> int:
     targets = np.flatnonzero(sample.weights)
     return max(int(targets[0]) - 1, 0) if len(targets) else 0
 
 
-def begins_like(sample: Sample, other: Sample) -> bool:
-    """Whether two samples have the same beginning, and one that is worth sharing."""
-    size = beginning(sample)
-    return size > 0 and size == beginning(other) and bool((sample.ids[:size] == other.ids[:size]).all())
-
-
 def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
-    """One pack of the samples, in their order, neighbours with an equal beginning sharing it; DataError for none.
+    """One pack of the samples, in their order, neighbours sharing what they begin with; DataError for none.
 
+    Beginnings of beginnings are shared too: the examples before all questions, each question before its choices.
     Tokens and targets stand in the pack as they do in `pack`: the state before a target is in the row before it.
     share: False where the model cannot (AdaptedModel.shares_beginnings).
     """
     if not share:
         return SharedPack(pack(samples), (None,) * len(samples), tuple(range(len(samples))))
-    parts, positions, before, places = list[Sample](), list[int](), list[int | None](), list[int]()
-    shared: int | None = None
-    for index, sample in enumerate(samples):
-        size = beginning(sample)
-        if not (index and begins_like(samples[index - 1], sample)):
-            alike = index + 1 < len(samples) and begins_like(sample, samples[index + 1])
-            shared = len(parts) if alike else None
-            if alike:
-                parts.append(Sample(sample.ids[:size], sample.weights[:size], sample.row))
-                positions.append(0)
-                before.append(None)
-        places.append(len(parts))
-        cut = 0 if shared is None else size
-        parts.append(Sample(sample.ids[cut:], sample.weights[cut:], sample.row))
-        positions.append(cut)
-        before.append(shared)
+    common = [0, *(shared_tokens(*pair) for pair in itertools.pairwise(samples))]  # with the one before
+    parts, starts, before, ends = list[Sample](), list[int](), list[int | None](), list[int]()
+
+    def emit(sample: Sample, start: int, end: int, earlier: int | None) -> int:
+        parts.append(Sample(sample.ids[start:end], sample.weights[start:end], sample.row))
+        starts.append(start)
+        before.append(earlier)
+        return len(parts) - 1
+
+    def grow(first: int, last: int, start: int, earlier: int | None) -> None:
+        """The parts of samples first..last, whose first `start` tokens are there already."""
+        if last - first == 1:
+            ends.append(emit(samples[first], start, len(samples[first].ids), earlier))
+            return
+        cuts = [n for n in range(first + 1, last) if common[n] < start + SHARED_TOKENS]
+        if cuts:
+            for one, next_one in itertools.pairwise([first, *cuts, last]):
+                grow(one, next_one, start, earlier)
+        else:
+            end = min(common[first + 1 : last])
+            grow(first, last, end, emit(samples[first], start, end, earlier))
+
+    if samples:
+        grow(0, len(samples), 0, None)
     whole = pack(parts)
-    starts = np.repeat(np.array(positions, dtype=np.int64), whole.lengths)
-    return SharedPack(replace(whole, positions=whole.positions + starts), tuple(before), tuple(places))
+    shift = np.repeat(np.array(starts, dtype=np.int64), whole.lengths)
+    return SharedPack(replace(whole, positions=whole.positions + shift), tuple(before), tuple(ends))
 
 
 def epoch_steps(

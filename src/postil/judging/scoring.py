@@ -16,7 +16,7 @@ from postil.adapter import AdaptedModel
 from postil.adapter.divergence import base_head, base_states
 from postil.data import Sample, pack
 from postil.data.encode import Draft, Tally, encode, leading_ids
-from postil.data.packs import beginning, begins_like, pack_shared
+from postil.data.packs import pack_shared, shared_tokens
 from postil.kernels.layout import Layout, Spans
 from postil.kernels.loss import cross_entropy, kl_divergence
 
@@ -135,9 +135,7 @@ def _budgeted(samples: Sequence[Sample], share: bool = False) -> Iterator[list[S
     group: list[Sample] = []
     tokens = 0
     for sample in samples:
-        more = len(sample.ids)
-        if share and group and begins_like(group[-1], sample):
-            more -= beginning(sample)
+        more = len(sample.ids) - (shared_tokens(group[-1], sample) if share and group else 0)
         if group and tokens + more > PACK_TOKENS:
             yield group
             group, tokens, more = [], 0, len(sample.ids)

@@ -76,15 +76,25 @@ class Spans:
 class Segment:
     """Queries `q0`..`q1` see keys `k0`..`k1`, causally, the last query the last key.
 
-    `prefix` is an optional range of keys that stand directly before `k0` (a beginning shared with other segments):
-    the segment's keys are those and its own, one sequence, over which a window counts.
+    `prefix` are ranges of keys that stand, in their order, directly before `k0` (beginnings shared with other
+    segments): the segment's keys are those and its own, one sequence, over which a window counts.
     """
 
     q0: int
     q1: int
     k0: int
     k1: int
-    prefix: tuple[int, int] | None = None
+    prefix: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def ahead(self) -> int:
+        """The number of keys before the segment's own."""
+        return sum(end - start for start, end in self.prefix)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The segment's rows of keys or values [keys, ...], those of its prefix first."""
+        own = x[self.k0 : self.k1]
+        return torch.cat([*(x[start:end] for start, end in self.prefix), own]) if self.prefix else own
 
 
 class KeyValueStore(Protocol):
@@ -108,13 +118,14 @@ class Layout:
     ) -> Layout:
         """Whole sequences of the given lengths, one after another, each seeing itself alone.
 
-        before: for each the earlier one that is its beginning (None: it begins by itself), so that a beginning
-        of several is there once.
+        before: for each the earlier one that it continues (None: it begins by itself), so that a beginning of
+        several is there once.
         """
         segments: list[Segment] = []
         start = 0
         for length, earlier in zip(lengths, before or [None] * len(lengths), strict=True):
-            prefix = None if earlier is None else (segments[earlier].k0, segments[earlier].k1)
+            first = None if earlier is None else segments[earlier]
+            prefix = () if first is None else (*first.prefix, (first.k0, first.k1))
             segments.append(Segment(start, start + length, start, start + length, prefix))
             start += length
         return cls(tuple(segments), spans or Spans())

@@ -36,14 +36,14 @@ def attention(
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
     plain = softcap is None and sinks is None
-    alone = all(segment.prefix is None for segment in segments)
+    alone = not any(segment.prefix for segment in segments)
     if plain and alone and len(segments) > 1 and all(segment.q1 - segment.q0 == 1 for segment in segments):
         return _decode(q, k, v, segments, scale, window)
     if plain and _whole_pack(segments, q.shape[0], k.shape[0]):
         return _pack(q, k, v, segments, scale, window)
     outputs = []
     for segment in segments:
-        if plain and segment.prefix is None:
+        if plain and not segment.prefix:
             outputs.append(_sequence(q, k, v, segment, scale, window))
             continue
         for block in _blocks(segment, window):
@@ -77,11 +77,9 @@ def _pack(
     lengths = [segment.q1 - segment.q0 for segment in segments]
     outputs = []
     for segment, a, b, c in zip(segments, *(torch.split(part, lengths) for part in (q, k, v)), strict=True):
-        queries, ahead = len(a), 0
-        if segment.prefix is not None:
-            ahead = segment.prefix[1] - segment.prefix[0]
-            b, c = (torch.cat([part[slice(*segment.prefix)], own]) for part, own in ((k, b), (v, c)))
-        outputs.append(_sequence(a, b, c, Segment(0, queries, 0, ahead + queries), scale, window))
+        if segment.prefix:
+            b, c = segment.rows(k), segment.rows(v)
+        outputs.append(_sequence(a, b, c, Segment(0, len(a), 0, len(b)), scale, window))
     return torch.cat(outputs).to(dtype)
 
 
@@ -93,7 +91,7 @@ def _blocks(segment: Segment, window: int | None, size: int = 256) -> list[Segme
     for start in range(0, queries, size):
         end = min(start + size, queries)
         first = segment.k0 if window is None else max(segment.k0, offset + start - window + 1)
-        prefix = segment.prefix if first == segment.k0 else None  # else the window has left it behind
+        prefix = segment.prefix if first == segment.k0 else ()  # else the window has left it behind
         blocks.append(Segment(segment.q0 + start, segment.q0 + end, first, offset + end, prefix))
     return blocks
 

@@ -25,9 +25,8 @@ def attention_reference(
     repeat = q.shape[1] // k.shape[1]
     outputs = []
     for segment in segments:
-        prefix = segment.prefix or (0, 0)
-        keys = torch.cat([k[slice(*prefix)], k[segment.k0 : segment.k1]]).repeat_interleave(repeat, 1).float()
-        values = torch.cat([v[slice(*prefix)], v[segment.k0 : segment.k1]]).repeat_interleave(repeat, 1).float()
+        keys = segment.rows(k).repeat_interleave(repeat, 1).float()
+        values = segment.rows(v).repeat_interleave(repeat, 1).float()
         queries = q[segment.q0 : segment.q1].float()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
         if softcap is not None:
@@ -44,8 +43,7 @@ def attention_reference(
 
 def visible(segment: Segment, window: int | None, device: torch.device) -> torch.Tensor:
     """bool [queries, prefix + keys]: which keys each query of one segment sees."""
-    queries, keys = segment.q1 - segment.q0, segment.k1 - segment.k0
-    keys += segment.prefix[1] - segment.prefix[0] if segment.prefix else 0
+    queries, keys = segment.q1 - segment.q0, segment.ahead + segment.k1 - segment.k0
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
     seen = column <= row
