@@ -7,7 +7,6 @@ are compared and the medians of their times divided. Writes bench/results/choice
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from evidence import rows_of
 from main_job import BASE, machine
 from postil.adapter import attach
 from postil.base import load_base
@@ -31,7 +31,7 @@ BATCH = 16  # of lm-eval's model: on a CPU it has no automatic one
 
 def asked(path: Path, count: int, shots: int) -> list[Instance]:
     """The first `count` questions of a set as requests, a choice each, after examples from its end."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(path, None)
     examples = "".join(f"{question(row)} {row['choices'][row['answer']]}\n\n" for row in rows[len(rows) - shots :])
     return [
         Instance("loglikelihood", row, (examples + question(row), f" {choice}"), index)

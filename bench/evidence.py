@@ -51,7 +51,7 @@ def rows_of(path: Path, count: int | None) -> list[dict[str, Any]]:
     """The first `count` rows of a JSONL file, gzipped or not (None: all)."""
     raw = path.read_bytes()
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    return [json.loads(line) for line in text.splitlines()][:count]
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")[:count]]  # U+2028 ends no line of JSON
 
 
 def questions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def lived(place: Path, over: Path, first: Path, second: Path, prompts: list[str]
             "generate", "--base", BASE, "--requests", requests, "--adapter", f"note={adapter}", "--registry", where,
             "--raw", "-n", "40",
         )  # fmt: skip
-        return [json.loads(line)["text"] for line in out.splitlines()]
+        return [json.loads(line)["text"] for line in out.removesuffix("\n").split("\n")]
 
     def publish(adapter: Path) -> tuple[int, str]:
         code, out, said = postil(
