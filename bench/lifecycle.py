@@ -1,8 +1,8 @@
 """The life of a note on the real base, by commands: judged, refused, published, served, changed, rolled back.
 
-Takes two runs that bench/evidence.py has trained: one over-trained on purpose, and a guarded one, which is published;
-cut to half its rank it takes its own place. Every step is a `postil` command in a process of its own; an answer other
-than the expected one ends with an error. Writes bench/results/lifecycle.json.
+Trains a note that is over-trained on purpose, which the gate must refuse. A guarded run of bench/evidence.py is
+published; cut to half its rank it takes its own place. Every step is a `postil` command in a process of its own; an
+answer other than the expected one ends with an error. Writes bench/results/lifecycle.json.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from evidence import laid, questions, rows_of
 from main_job import BASE, machine, test_set
 from postil.files import write_json, write_text
 
 HERE = Path(__file__).parent
 QUESTIONS = 8
 ROWS, TOKENS = 100, 16_384  # that each adapter is judged on
+RATE, TRAIN_ROWS = 0.01, 300  # ten times the rate that is good for these rows
 
 
 def postil(*words: str | Path) -> tuple[int, str, str]:
@@ -43,9 +45,14 @@ def judge(adapter: Path, target: Path, general: Path) -> str:
     settings = ("metrics=[bleu]", f"limit={ROWS}", "max_new_tokens=80", "batch=64", f"general.tokens={TOKENS}")
     said = done(
         "judge", adapter, "--base", BASE, "--target", target, "--general", general,
-        *(word for setting in settings for word in ("--set", setting)),
+        *set_(settings),
     )  # fmt: skip
     return said.strip().splitlines()[-1]
+
+
+def set_(settings: tuple[str, ...]) -> list[str]:
+    """Settings as words of a command."""
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def expect(what: str, found: object, wanted: object) -> None:
@@ -67,22 +74,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence/e2e_nlg"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--over", default="over_1e-2")
     parser.add_argument("--guarded", default="guard_r64_kl_0.5")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        over, first = (
-            shutil.copytree(given.runs / name / "run/adapter", place / name) for name in (given.over, given.guarded)
-        )
+        first, over = shutil.copytree(given.runs / given.guarded / "run/adapter", place / "first"), place / "over"
+        train, test = place / "train.jsonl", place / "test.jsonl"
+        laid(train, rows_of(given.data / "e2e_nlg/train.jsonl.gz", TRAIN_ROWS))
+        laid(test, questions(rows_of(given.data / "e2e_nlg/test.jsonl", None)))
+        settings = (f"training.learning_rate={RATE}", "rows.format=raw", "dtype=bfloat16", "valid_share=0")
+        done("train", "--base", BASE, "--data", train, "--out", over, *set_(settings))
         rank = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["r"] // 2
-        done("shrink", first, "--rank", rank, "--out", place / "second")
+        done("shrink", first, "--rank", str(rank), "--out", place / "second")
+        notes = {"over": over / "adapter", "first": first, "second": place / "second"}
         general = given.data / "general/wikitext2_test.jsonl"
-        test = given.runs / given.over / "test.jsonl"
-        said = {adapter.name: judge(adapter, test, general) for adapter in (over, first, place / "second")}
-        result = {"judged": said} | lived(
-            place, over, first, place / "second", test_set(given.data)[0][::80][:QUESTIONS]
-        )
+        said = {name: judge(adapter, test, general) for name, adapter in notes.items()}
+        result = {"judged": said} | lived(place, *notes.values(), test_set(given.data)[0][::80][:QUESTIONS])
     write_json(HERE / "results/lifecycle.json", {"runs": vars(given) | {"runs": "", "data": ""}, **result,
                                                  "machine": machine()})  # fmt: skip
     print(json.dumps(result, indent=1))
