@@ -22,7 +22,7 @@ from postil.files import write_json, write_text
 
 HERE = Path(__file__).parent
 QUESTIONS = 8
-ROWS, TOKENS = 100, 16_384  # that each adapter is judged on
+ROWS, TOKENS = 100, 8192  # that each adapter is judged on
 RATE, TRAIN_ROWS = 0.01, 300  # ten times the rate that is good for these rows
 
 
@@ -78,12 +78,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        first, over = shutil.copytree(given.runs / given.guarded / "run/adapter", place / "first"), place / "over"
-        train, test = place / "train.jsonl", place / "test.jsonl"
+        over, train, test = place / "over", place / "train.jsonl", place / "test.jsonl"
         laid(train, rows_of(given.data / "e2e_nlg/train.jsonl.gz", TRAIN_ROWS))
         laid(test, questions(rows_of(given.data / "e2e_nlg/test.jsonl", None)))
         settings = (f"training.learning_rate={RATE}", "rows.format=raw", "dtype=bfloat16", "valid_share=0")
         done("train", "--base", BASE, "--data", train, "--out", over, *set_(settings))
+        first = shutil.copytree(given.runs / given.guarded / "run/adapter", place / "first")
         rank = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["r"] // 2
         done("shrink", first, "--rank", str(rank), "--out", place / "second")
         notes = {"over": over / "adapter", "first": first, "second": place / "second"}
