@@ -1,7 +1,7 @@
 """The life of a note on the real base, by commands: judged, refused, published, served, changed, rolled back.
 
 Trains a note that is over-trained on purpose, which the gate must refuse. A guarded run of bench/evidence.py is
-published; cut to half its rank it takes its own place. Every step is a `postil` command in a process of its own; an
+published; cut to a small rank it takes its own place. Every step is a `postil` command in a process of its own; an
 answer other than the expected one ends with an error. Writes bench/results/lifecycle.json.
 """
 
@@ -21,7 +21,8 @@ from main_job import BASE, machine, test_set
 from postil.files import write_json, write_text
 
 HERE = Path(__file__).parent
-QUESTIONS = 8
+QUESTIONS = 24
+SECOND_RANK = 2  # half the rank of 64 gave the same answers to 8 questions, which a roll-back would not show
 ROWS, TOKENS = 100, 8192  # that each adapter is judged on
 RATE, TRAIN_ROWS = 0.01, 300  # ten times the rate that is good for these rows
 
@@ -84,12 +85,11 @@ def main() -> None:
         settings = (f"training.learning_rate={RATE}", "rows.format=raw", "dtype=bfloat16", "valid_share=0")
         done("train", "--base", BASE, "--data", train, "--out", over, *set_(settings))
         first = shutil.copytree(given.runs / given.guarded / "run/adapter", place / "first")
-        rank = json.loads((first / "adapter_config.json").read_text(encoding="utf-8"))["r"] // 2
-        done("shrink", first, "--rank", str(rank), "--out", place / "second")
+        done("shrink", first, "--rank", str(SECOND_RANK), "--out", place / "second")
         notes = {"over": over / "adapter", "first": first, "second": place / "second"}
         general = given.data / "general/wikitext2_test.jsonl"
         said = {name: judge(adapter, test, general) for name, adapter in notes.items()}
-        result = {"judged": said} | lived(place, *notes.values(), test_set(given.data)[0][::80][:QUESTIONS])
+        result = {"judged": said} | lived(place, *notes.values(), test_set(given.data)[0][:: 630 // QUESTIONS])
     write_json(HERE / "results/lifecycle.json", {"runs": vars(given) | {"runs": "", "data": ""}, **result,
                                                  "machine": machine()})  # fmt: skip
     print(json.dumps(result, indent=1))
