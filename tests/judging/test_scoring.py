@@ -108,6 +108,17 @@ def test_a_prompt_of_several_rows_is_computed_once(model: AdaptedModel, monkeypa
     assert seen[1:] == [12 + 2 * (17 + 2 + 2)]
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_packs_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+    """Also where a beginning cannot be shared, and so stands in the pack again and again."""
+    monkeypatch.setattr(scoring, "PACK_TOKENS", 64)
+    groups = list(scoring._budgeted(alike([[1]] * 40, 20), share))
+    sizes = [len(scoring.pack_shared(group, share).pack.ids) for group in groups]
+    assert sum(map(len, groups)) == 40
+    assert max(sizes) <= 64
+    assert len(groups) == (2 if share else 14)  # 19 + 22 · 2 tokens, and three of 21
+
+
 def test_a_scale_of_nought_is_the_base_and_of_one_the_adapter(model: AdaptedModel, samples: list[Sample]) -> None:
     base, adapter = row_losses(model, samples, None), row_losses(model, samples, "note")
     assert row_losses(model, samples, {"note": 0.0}) == base
