@@ -144,7 +144,8 @@ def benches() -> str:
     rows += [
         ["the over-trained note at the default gate", "`bench/lifecycle.py`",
          f"exit {life['refusal']['exit']}: {life['refusal']['json']['sentence']}"],
-        ["two guarded notes; answers after a roll-back", "`bench/lifecycle.py`", life["answers"]["after roll-back"]],
+        ["a guarded note, then it at rank 2, published; answers after a roll-back", "`bench/lifecycle.py`",
+         life["answers"]["after roll-back"]],
         ["one bit of weights or card changed", "`bench/lifecycle.py`", f"{len(life['changed byte'])} of 2 refused"],
     ]  # fmt: skip
     plan = ROOT / "bench/results/plan.json"
