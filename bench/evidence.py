@@ -37,7 +37,8 @@ def experiment(name: str) -> dict[str, Any]:
     common, own = (
         yaml.safe_load(path.read_text(encoding="utf-8")) for path in (folder / "common.yaml", HERE / f"{name}.yaml")
     )
-    return over(common, own or {})
+    laid_over: dict[str, Any] = over(common, own or {})
+    return laid_over
 
 
 def over(under: Any, upper: Any) -> Any:

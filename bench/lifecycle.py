@@ -85,11 +85,13 @@ def main() -> None:
         settings = (f"training.learning_rate={RATE}", "rows.format=raw", "dtype=bfloat16", "valid_share=0")
         done("train", "--base", BASE, "--data", train, "--out", over, *set_(settings))
         first = shutil.copytree(given.runs / given.guarded / "run/adapter", place / "first")
-        done("shrink", first, "--rank", str(SECOND_RANK), "--out", place / "second")
-        notes = {"over": over / "adapter", "first": first, "second": place / "second"}
+        second = place / "second"
+        done("shrink", first, "--rank", str(SECOND_RANK), "--out", second)
+        notes = {"over": over / "adapter", "first": first, "second": second}
         general = given.data / "general/wikitext2_test.jsonl"
         said = {name: judge(adapter, test, general) for name, adapter in notes.items()}
-        result = {"judged": said} | lived(place, *notes.values(), test_set(given.data)[0][:: 630 // QUESTIONS])
+        asked = test_set(given.data)[0][:: 630 // QUESTIONS]
+        result = {"judged": said} | lived(place, over / "adapter", first, second, asked)
     write_json(HERE / "results/lifecycle.json", {"runs": vars(given) | {"runs": "", "data": ""}, **result,
                                                  "machine": machine()})  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -38,7 +38,7 @@ def step(model: AdaptedModel, own: bool) -> tuple[float, float]:
         began = time.perf_counter()
         with model.using(Layout.packed(LENGTHS, spans_of(resident, len(ids)))):
             loss, _, _ = model.loss(ids, positions, torch.where(positions > 0, 1 / len(ids), 0.0))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return time.perf_counter() - began, float(loss.detach())
 
 

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from postil.errors import StorageError
 
 _TEMPORARY = ".postil-tmp-"
 _OLD = ".postil-old-"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # a loader would mix them with new ones
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -62,12 +64,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool = False) -> Iterator[Path]:
     """As atomic_file, for a directory: written beside, every file synced, then put at `path` in one move.
 
     An existing directory is replaced only where it is empty, or holds the file `marker` and no folder: what
-    postil wrote itself. Where the system can exchange two names, a reader finds the old or the new one at
-    every moment; elsewhere a kill between two renames is mended by `remove_leftovers`.
+    postil wrote itself. carry: files in it that are not written anew go with it, but for shards of older weights.
+    Where the system can exchange two names, a reader finds the old or the new one at every moment; elsewhere a
+    kill between two renames is mended by `remove_leftovers`.
     """
     target = Path(path)
     if not (marker is not None and _is_own(target, marker)):
@@ -77,6 +80,10 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        if carry and target.is_dir():
+            for inner in target.iterdir():
+                if not (temporary / inner.name).exists() and not _WEIGHTS.fullmatch(inner.name):
+                    shutil.copy2(inner, temporary / inner.name, follow_symlinks=False)
         for inner in sorted(temporary.rglob("*"), reverse=True):
             _fsync(inner)
         _fsync(temporary)

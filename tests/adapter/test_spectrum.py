@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +176,43 @@ def test_stored_names_may_lack_the_inner_prefix(tmp_path: Path, lab: Any) -> Non
     assert [one.path for one in spectrum(tmp_path / "tuned", tmp_path / "base")] == ["transformer.h.0.mlp.c_fc"]
 
 
+def test_a_head_that_is_the_embedding_is_not_stored_beside_it(tmp_path: Path, lab: Any) -> None:
+    base = lab.tiny("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied/model.safetensors")
+    assert "lm_head.weight" not in tensors
+    apart = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 0.1}
+    (tmp_path / "apart").mkdir()
+    shutil.copy(tmp_path / "tied/config.json", tmp_path / "apart")
+    save_file(apart, tmp_path / "apart/model.safetensors", metadata={"format": "pt"})
+    for tuned, before in (("apart", "tied"), ("tied", "apart")):
+        (one,) = spectrum(tmp_path / tuned, tmp_path / before)
+        assert one.path == "lm_head"
+        assert one.norm == pytest.approx(0.1 * one.d_out**0.5 * one.d_in**0.5, rel=1e-5)
+
+
 def test_what_is_refused(tmp_path: Path, lab: Any) -> None:
     lab.tiny("llama").save_pretrained(tmp_path / "model")
     lab.tiny("gpt2").save_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="is a whole model; give the directory or name of its base"):
         spectrum(tmp_path / "model")
-    with pytest.raises(BaseModelError, match=r"stores no lm_head.* give the base it came from"):
+    with pytest.raises(BaseModelError, match=r"stores no model\.embed_tokens.* give the base it came from"):
         spectrum(tmp_path / "model", tmp_path / "other")
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name, value, said in (
+        ("norm", float("nan"), "down_proj.weight holds NaN or infinite values in .*broken"),
+        ("less", None, "broken stores no .*down_proj.weight, which .*model has"),
+    ):
+        shutil.copytree(tmp_path / "model", tmp_path / name / "broken")
+        key = "model.layers.0.mlp.down_proj.weight"
+        other = {k: v for k, v in tensors.items() if k != key} | (
+            {} if value is None else {key: torch.full_like(tensors[key], value)}
+        )
+        save_file(other, tmp_path / name / "broken/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(BaseModelError, match=said):
+            spectrum(tmp_path / name / "broken", tmp_path / "model")
     with pytest.raises(BaseModelError, match="no model directory and no known base"):
         spectrum(tmp_path / "model", tmp_path / "gone")
     adapter = made(LoraConfig(r=2, target_modules=("q_proj",)))

@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 import yaml
 
 from postil.adapter import peft_files
+from postil.adapter.identity import update_card
+from postil.training import recipe
+from postil.training.directory import only_trainer
 from postil.training.optimizer import AdamW
 
 ROW = b'{"prompt": "p", "completion": "c"}\n'
@@ -138,11 +142,64 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 def test_a_finished_run_given_again_changes_nothing(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
     postil(*train, rows)
-    before = {path: path.read_bytes() for path in (tmp_path / "out/adapter").iterdir()}
+    adapter = tmp_path / "out/adapter"
+    update_card(adapter, score_card={"judged": "since"})
+    (adapter / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
     result = postil(*train, rows)
     assert result.code == 0
     assert "3 steps, finished before, held-out loss" in result.err
-    assert {path: path.read_bytes() for path in (tmp_path / "out/adapter").iterdir()} == before
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(b"spoilt")
+    assert postil(*train, rows).code == 0  # written again from the checkpoint, beside what is the user's
+    assert weights.read_bytes() == before[weights]
+    assert (adapter / "notes.txt").read_text() == "mine"
+    assert "score_card" not in json.loads((adapter / "postil.json").read_text())["card"]
+
+
+def test_a_finished_full_run_given_again_changes_nothing(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
+    full = (*train, rows, "--method", "full", "--set", "training.steps=1")
+    postil(*full)
+    model = tmp_path / "out/model"
+    assert {path.stat().st_mode & 0o777 for path in model.iterdir()} == {0o644}
+    card = json.loads((model / "postil.json").read_text()) | {"score_card": "judged since"}
+    (model / "postil.json").write_text(json.dumps(card))
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    assert postil(*full).code == 0
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+    weights = model / "model.safetensors"
+    content = bytearray(before[weights])
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert postil(*full).code == 0
+    assert weights.read_bytes() == before[weights]
+
+
+def test_a_second_trainer_leaves_the_run_as_it_is(refusal: Any, train: Any, rows: Path, tmp_path: Path) -> None:
+    with only_trainer(tmp_path / "out"):
+        (tmp_path / "out/recipe.yaml").write_text("base: of the run that goes on\n")
+        with ThreadPoolExecutor() as pool:  # the lock is this thread's
+            said = pool.submit(refusal, *train, rows).result()
+    assert f"another process is training in {tmp_path / 'out'}; wait for it" in said
+    assert (tmp_path / "out/recipe.yaml").read_text() == "base: of the run that goes on\n"
+
+
+def test_a_recipe_written_by_hand_stays(
+    postil: Any, refusal: Any, base: Path, rows: Path, made: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "out/recipe.yaml"
+    file.parent.mkdir()
+    text = f"# why these\nbase: {base}\ndata: {rows}\nout: {file.parent}\n"
+    file.write_text(text)
+    assert f"{file} is not of this run (training.learning_rate: None there, 0.5 here)" in refusal(
+        "train", file, "--lr", "0.5"
+    )
+    assert [path.name for path in file.parent.iterdir() if path.name != ".lock"] == ["recipe.yaml"]
+    assert postil("train", file).code == 0
+    assert file.read_text() == text
+    assert bytes_of(file.parent) == bytes_of(made / "run")
+    assert postil("train", file).code == 0  # with its checkpoints, too
 
 
 def test_another_recipe_in_the_same_directory(postil: Any, refusal: Any, train: Any, rows: Path) -> None:
@@ -200,6 +257,23 @@ def test_a_full_disk_at_a_save(refusal: Any, train: Any, rows: Path, tmp_path: P
     assert message.count("could not be written") == 1
     left = [path.name for path in tmp_path.rglob("*")]
     assert not [name for name in left if "tmp" in name or "safetensors" in name]
+
+
+def test_a_full_disk_at_a_model(
+    postil: Any, refusal: Any, train: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = recipe._save_model
+
+    def on_a_small_disk(*given: Any) -> None:
+        with small_disk(20_000):
+            save(*given)
+
+    full = (*train, rows, "--method", "full", "--set", "training.steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "_save_model", on_a_small_disk)
+        assert "out/model could not be written (" in refusal(*full)
+    assert not (tmp_path / "out/model").exists()
+    assert postil(*full).code == 0  # from its checkpoint
 
 
 def test_a_full_disk_at_the_log_keeps_the_checkpoints(refusal: Any, train: Any, rows: Path, tmp_path: Path) -> None:
@@ -284,6 +358,12 @@ def test_data_that_is_not_there(refusal: Any, train: Any, rows: Path, tmp_path: 
         (["--epochs", "two"], "Invalid value for '--epochs': Input should be a valid integer, "),
         (["--method", "lroa"], "recipe: training: method: Input should be 'lora', 'qlora' or 'full' (found 'lroa')"),
         (["--lr", "-1"], "recipe: training: learning_rate: Input should be greater than 0 (found -1.0)"),
+        (["--lr", "inf"], "recipe: training: learning_rate: Input should be a finite number (found inf)"),
+        (
+            ["--set", "training.betas=[0.9, 1.0]"],
+            "training: betas.1: Input should be less than 1 (found 1.0)",
+        ),
+        (["--set", "lora.alpha=.nan"], "LoraConfig: alpha: Input should be"),
         (["--set", "training.epoch=2"], "recipe: training: unknown key 'epoch' (did you mean 'epochs'?)"),
         (["--set", "training.lr=2"], "recipe: training: unknown key 'lr'; known: method, learning_rate, epochs,"),
         (["--set", "trainig.epochs=2"], "recipe: unknown key 'trainig' (did you mean 'training'?)"),
@@ -318,6 +398,7 @@ def test_slips_in_flags_keys_and_targets(
         (b"base: b\ndata: d\ntraining: 3\n", "recipe: training: Input should be a valid dictionary"),
         (b"base: b\n", "recipe: 'data' is required and was not given"),
         (b"base: 3\ndata: d\n", "recipe: base: Input should be a valid string (found 3)"),
+        (b"base: 2024-05-01\ndata: d\n", "'2024-05-01' is no directory here"),  # a name and no date
     ],
 )
 def test_slips_in_a_recipe(refusal: Any, tmp_path: Path, content: bytes, said: str) -> None:
@@ -329,7 +410,7 @@ def test_places_that_are_none(refusal: Any, base: Path, rows: Path, tmp_path: Pa
     (tmp_path / "file").write_text("x")
     for out in ("file", "file/inside"):
         message = refusal("train", "--base", base, "--data", rows, "--out", tmp_path / out)
-        assert f"{tmp_path / out}/recipe.yaml could not be written" in message
+        assert f"{tmp_path / out} could not be made" in message
     assert (tmp_path / "file").read_text() == "x"
     assert "recipe: 'base' is required and was not given" in refusal("train", "--data", rows)
     assert "no.yaml cannot be read: No such file" in refusal("train", tmp_path / "no.yaml")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -182,6 +183,13 @@ def test_products_of_tiles_are_products_of_the_whole(shape: tuple[int, int], val
             ):
                 assert found.dtype == dtype
                 assert (found - wanted).abs().max() <= bound * wanted.abs().max()
+
+
+def test_tiles_are_never_a_few_rows_high() -> None:
+    w = quantise(random((40, 2048)))
+    with tiles(2**10), patch.object(torch, "mm", wraps=torch.mm) as products:
+        matmul(random((5, 2048), seed=1), w)
+    assert [call.args[1].shape[1] for call in products.call_args_list] == [16, 16, 8]
 
 
 def test_tiles_cost_no_accuracy_in_bfloat16() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from postil.adapter import LoraConfig, attach
 from postil.base.quantise import quantise_model, quantised_bytes
@@ -198,6 +198,41 @@ def test_sequences_of_a_pack() -> None:
     assert PlanOptions(pack_tokens=1000, sequence_tokens=400).sequences == (400, 400, 200)
     assert PlanOptions(pack_tokens=100, sequence_tokens=400).sequences == (100,)
     assert PlanOptions(lengths=(3, 4)).sequences == (3, 4)
+
+
+def test_a_directory_in_four_bits_is_planned_so(tmp_path: Path) -> None:
+    config = LlamaConfig(**GROUPED)
+    config.save_pretrained(tmp_path / "dense")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config.save_pretrained(tmp_path / "nf4")
+    stored, dense = (plan(tmp_path / name, lengths=LENGTHS, dtype="float32", method=method)
+                     for name, method in (("nf4", "lora"), ("dense", "qlora")))  # fmt: skip
+    assert stored.memory == dense.memory
+    assert stored.storage.base < dense.storage.base
+    assert "stored in 4 bits, so what trains beside it is planned as qlora" in stored.notes[0]
+    with pytest.raises(RecipeError, match="4-bit weights cannot be"):
+        plan(tmp_path / "nf4", method="full")
+
+
+def test_sequences_are_no_longer_than_the_context(tmp_path: Path) -> None:
+    LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    found = plan(tmp_path, pack_tokens=200)
+    assert found.options.sequences == (64, 64, 64, 8)
+    assert found.notes[0] == "sequences of 64 tokens, the base's context"
+
+
+def test_code_beside_a_config_is_not_run(tmp_path: Path) -> None:
+    LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit")
+    assert plan(tmp_path / "config.json").architecture == "llama"
+
+
+def test_a_guard_keeps_the_base_beside_a_whole_model(tmp_path: Path) -> None:
+    LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    for method, share in (("lora", 0), ("full", 1)):
+        bare, guarded = (plan(tmp_path, lengths=LENGTHS, method=method, guard=guard) for guard in (False, True))
+        assert guarded.memory.origin == share * 2 * guarded.counted.parameters  # bfloat16
+        assert guarded.memory.beside_weights >= bare.memory.beside_weights + guarded.memory.origin
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from postil.base.quantise import quantise_model
 from postil.data import Sample
 from postil.judging.scoring import row_losses
 from postil.kernels.attention.op import _small_mask
+from postil.kernels.dense import op
 from postil.planning.ledger import HEAP_FACTOR, SLACK, Ledger, Recorder
 from postil.planning.step import traced_step
 from postil.training import TrainOptions
@@ -56,6 +58,7 @@ def test_the_trace_is_what_really_happens(method: str, checkpointing: bool) -> N
     traced = traced_step(
         LlamaConfig(**CONFIG), torch.float32, method=method, lora=LoraConfig(target_modules="all-linear"),
         lengths=LENGTHS, targets=sum(LENGTHS) - 3, device="cpu", checkpointing=checkpointing, kept=False,
+        general=False,
     )  # fmt: skip
     own = {"weights", SLACK} | ({"masters"} if method != "full" else set())  # the adapter was there before the step
     peak = max(sum(size for part, size in parts.items() if part not in own) for parts in traced.values())
@@ -67,7 +70,7 @@ def test_nothing_of_a_trace_stays_in_the_code_books() -> None:
 
     traced_step(
         LlamaConfig(**CONFIG), torch.float32, method="qlora", lora=LoraConfig(), lengths=(4,), targets=3,
-        device="cpu", checkpointing=False, kept=False,
+        device="cpu", checkpointing=False, kept=False, general=False,
     )  # fmt: skip
     assert type(nf4_pairs(torch.device("cpu"))) is torch.Tensor
 
@@ -84,9 +87,30 @@ def test_nothing_of_a_trace_stays_in_the_attention_masks() -> None:
     for device in ("cpu", "cuda"):
         traced_step(
             config, torch.float32, method="lora", lora=LoraConfig(), lengths=(21,), targets=20, device=device,
-            checkpointing=False, kept=False,
+            checkpointing=False, kept=False, general=False,
         )  # fmt: skip
     assert row_losses(model, [row], None) == wanted
+
+
+def test_nothing_of_a_trace_stays_in_the_memory_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a processor has no 16-bit products; and a trace is the same whether a product was made before it."""
+    monkeypatch.setattr(op, "multiplies", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr(op, "_kept", threading.local())
+
+    def trace() -> dict[str, Any]:
+        return traced_step(
+            LlamaConfig(**CONFIG), torch.bfloat16, method="lora", lora=LoraConfig(), lengths=(40,), targets=39,
+            device="cpu", checkpointing=False, kept=False, general=False,
+        )  # fmt: skip
+
+    cold = trace()
+    assert not vars(op._kept)
+    x, w = torch.randn(40, 24).bfloat16(), torch.randn(300, 24).bfloat16()
+    torch.testing.assert_close(op.matmul(x, w), x @ w.T)
+    kept = dict(vars(op._kept))
+    assert kept
+    assert trace() == cold
+    assert vars(op._kept) == kept
 
 
 def test_the_seed_is_left_alone() -> None:
@@ -95,7 +119,7 @@ def test_the_seed_is_left_alone() -> None:
     torch.manual_seed(3)
     traced_step(
         LlamaConfig(**CONFIG), torch.float32, method="lora", lora=LoraConfig(), lengths=(4,), targets=3, device="cpu",
-        checkpointing=False, kept=False,
+        checkpointing=False, kept=False, general=False,
     )  # fmt: skip
     assert torch.equal(torch.rand(3), wanted)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -232,6 +233,31 @@ def test_old_checkpoints_go_and_other_directories_stay(
     train(model, samples, out=tmp_path, epochs=2, checkpoint_every=1, keep_checkpoints=2)
     assert sorted(path.name for path in other.parent.iterdir()) == ["step-00000005", "step-00000006", "step-100"]
     assert (other / "mine").exists()
+
+
+def test_a_checkpoint_that_is_not_whole_is_set_aside(samples: list[Sample], tmp_path: Path) -> None:
+    def trained() -> torch.Tensor:
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        train(model, samples, out=tmp_path, epochs=2, checkpoint_every=1)
+        return model.resident("default").flat.detach().clone()
+
+    before = trained()
+    places = tmp_path / "checkpoints"
+    (places / "step-00000006/manifest.json").unlink()
+    assert torch.equal(trained(), before)
+    assert {path.name for path in places.iterdir()} == {"step-00000005", "step-00000006", "step-00000006.damaged-1"}
+
+
+def test_a_file_in_a_checkpoint_stays_and_stops_nothing(
+    model: AdaptedModel, samples: list[Sample], tmp_path: Path
+) -> None:
+    def drop_in(event: dict[str, Any]) -> None:
+        if event["step"] == 3:
+            (tmp_path / "checkpoints/step-00000002/mine").touch()
+
+    train(model, samples, out=tmp_path, epochs=2, checkpoint_every=1, watch=drop_in)
+    assert [path.name for path in (tmp_path / "checkpoints/step-00000002").iterdir()] == ["mine"]
 
 
 def test_two_processes_do_not_share_a_run(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:

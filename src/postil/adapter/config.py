@@ -6,7 +6,7 @@ import math
 import re
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from postil.errors import AdapterError, PostilError
 from postil.settings import Settings
@@ -26,6 +26,7 @@ class LoraConfig(Settings):
     Raises AdapterError for an unknown key or an impossible value.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
     error: ClassVar[type[PostilError]] = AdapterError
     where: ClassVar[str] = "LoraConfig"
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from postil.adapter.adapter import Adapter
-from postil.adapter.peft_files import CONFIG, OWN, WEIGHTS, load_adapter, own_text, save_adapter
+from postil.adapter.peft_files import CONFIG, OWN, VERSION, WEIGHTS, load_adapter, own_text, save_adapter
 from postil.errors import AdapterError
 from postil.files import sha256_file, write_text
-
-VERSION = "version.json"  # lies beside an adapter in a registry (postil.registry.version)
 
 
 def adapter_sha256(adapter: Adapter | str | Path) -> str:

@@ -103,7 +103,7 @@ def merge(
         raise AdapterError(
             f"merging {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, on "
             f"{drift.tokens} tokens), above the bound of {limit:g}; it was undone: load the base in a wider dtype, "
-            "or pass a higher bound"
+            "or allow more with a higher bound (--bound)"
         )
     return drift
 
@@ -186,7 +186,7 @@ def export_merged(
             raise AdapterError(
                 f"exporting {listed(weights)} moves a logit by {drift.max_logit:.3g} (mean {drift.mean_logit:.3g}, "
                 f"on {drift.tokens} tokens), above the bound of {limit:g}; nothing was written: load the base in a "
-                "wider dtype, or pass a higher bound"
+                "wider dtype, or allow more with a higher bound (--bound)"
             )
         state = {key: value for key, value in model.model.state_dict().items() if key not in merged}
         for key, tensor in merged.items():

@@ -20,6 +20,7 @@ from postil.files import atomic_directory
 FORMAT = 1  # of postil.json
 PEFT_VERSION = "0.21.2"
 CONFIG, WEIGHTS, CARD, OWN = "adapter_config.json", "adapter_model.safetensors", "README.md", "postil.json"
+VERSION = "version.json"  # lies beside an adapter in a registry (postil.registry.version)
 PREFIX = "base_model.model."
 
 # Every field of PEFT 0.21.2's LoraConfig is in exactly one of the three sets (a test holds them to it).
@@ -65,6 +66,8 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> Path:
     refuses (then nothing is left behind and an adapter that was there stays).
     """
     target = Path(directory)
+    if (target / VERSION).is_file():
+        raise AdapterError(f"{target} is a published version, which never changes; save under another name")
     if not adapter.modules:
         raise AdapterError("this adapter holds no LoRA tensors; there is nothing to save")
     _check_values(adapter.tensors, "this adapter")
@@ -74,7 +77,7 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> Path:
         PREFIX + _peft_key(key, modules): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in sorted(adapter.tensors.items())
     }
-    with atomic_directory(target, marker=OWN) as temporary:
+    with atomic_directory(target, marker=OWN, carry=True) as temporary:
         _write(temporary / CONFIG, _json(_peft_config(adapter)))
         _write(temporary / OWN, own_text(adapter))
         _write(temporary / CARD, _model_card(adapter))

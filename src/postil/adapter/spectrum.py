@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 
 from postil.adapter.adapter import Adapter
 from postil.adapter.targets import kind_of
 from postil.base import Base, Nf4Linear, fetch
 from postil.base.catalog import names as known_bases
-from postil.base.stored import StoredTensor, nf4_weights, read_config, stored_tensors
+from postil.base.stored import StoredTensor, nf4_weights, read_config, read_tensor, stored_tensors
 from postil.errors import AdapterError, BaseModelError, listed, nearest
 
 FLOATS = ("F32", "BF16", "F16")
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 CONV1D_MODELS, CONV1D = ("gpt2", "openai-gpt"), ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored turned
 TOP, SIMILARITY = 10, 0.5  # of intruder dimensions: singular vectors looked at, and the cosine that is none
 
@@ -117,15 +117,19 @@ def svd_of(
 
 @torch.no_grad()
 def spectrum(
-    source: Adapter | str | Path, base: Base | str | Path | None = None, *, intruders: bool = False
+    source: Adapter | str | Path,
+    base: Base | str | Path | None = None,
+    *,
+    intruders: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Spectrum]:
     """The spectrum of every module that an adapter, or full fine-tuning, changed.
 
     source: an Adapter, an adapter directory, or the directory of a fully fine-tuned model; for the last, `base` is
     the directory (or known name) of what it was tuned from, and one SVD of each difference is taken. For an
     adapter a base is optional: it adds the norms beside, and the intruder dimensions where asked for (two SVDs of
-    every adapted weight). Modules without any change are left out of a full model's list. Raises AdapterError,
-    BaseModelError.
+    every adapted weight). Modules without any change are left out of a full model's list. trust_remote_code: as in
+    load_base. Raises AdapterError, BaseModelError.
     """
     from postil.adapter.peft_files import CONFIG, load_adapter
 
@@ -141,7 +145,7 @@ def spectrum(
     if base is not None and not isinstance(base, Base):
         from postil.base import load_base
 
-        base = load_base(base)
+        base = load_base(base, trust_remote_code=trust_remote_code)
     return [_of_delta(delta, base, intruders) for delta in deltas(source)]
 
 
@@ -208,20 +212,28 @@ def directory_of(base: Base | str | Path) -> Path:
 def _of_models(tuned: Path, base: Path, intruders: bool) -> Iterator[Spectrum]:
     """Matrix by matrix, ΔW = W1 - W0 of the weights that both directories store under one name."""
     after, before = (_matrices(place) for place in (tuned, base))
-    pairs = {name: _alike(name, before) for name in after}
-    missing = [name for name, other in pairs.items() if other is None]
-    if missing or not after:
-        raise BaseModelError(f"{base} stores no {listed(missing)}, which {tuned} has: give the base it came from")
+    pairs: list[tuple[str, str | None, str | None]] = [(name, name, _alike(name, before)) for name in after]
+    known = {other for _, _, other in pairs}
+    pairs += [(name, _alike(name, after), name) for name in before if name not in known]
+    for lacks, has, missing in (
+        (base, tuned, [name for name, _, other in pairs if other is None]),
+        (tuned, base, [name for name, own, _ in pairs if own is None]),
+    ):
+        if missing or not after:
+            raise BaseModelError(f"{lacks} stores no {listed(missing)}, which {has} has: give the base it came from")
     turned = CONV1D if read_config(base).get("model_type") in CONV1D_MODELS else ()
-    for name, tensor in after.items():
-        own = before[str(pairs[name])]
+    for name, mine, other in pairs:
+        tensor, own = after[str(mine)], before[str(other)]
         if tensor.shape != own.shape:
             raise BaseModelError(
                 f"{name} is {list(tensor.shape)} in {tuned} but {list(own.shape)} in {base}: they are not of one base"
             )
-        new, old = _read(tensor), _read(own)
+        new, old = read_tensor(tensor).float(), read_tensor(own).float()
         if name.endswith(turned):
             new, old = new.T, old.T
+        for values, place in ((new, tuned), (old, base)):
+            if not bool(values.isfinite().all()):
+                raise BaseModelError(f"{name} holds NaN or infinite values in {place}; there is no spectrum of it")
         change = new - old
         if bool(change.any()):
             found = intruders_of(old, new) if intruders and "embed" not in name else None
@@ -232,10 +244,14 @@ def _of_models(tuned: Path, base: Path, intruders: bool) -> Iterator[Spectrum]:
 
 
 def _alike(name: str, known: Mapping[str, StoredTensor]) -> str | None:
-    """The name in `known` that means the same tensor: stored names may lack the inner model's prefix (GPT-2)."""
+    """The name in `known` that means the same tensor: stored names may lack the inner model's prefix (GPT-2), and a
+    head that is the embedding is not stored beside it."""
     if name in known:
         return name
-    return next((other for other in known if name.endswith(f".{other}") or other.endswith(f".{name}")), None)
+    found = next((other for other in known if name.endswith(f".{other}") or other.endswith(f".{name}")), None)
+    if found is None and name == HEAD:
+        found = next((other for other in known if other.endswith(EMBEDDINGS)), None)
+    return found
 
 
 def _matrices(directory: Path) -> dict[str, StoredTensor]:
@@ -243,9 +259,3 @@ def _matrices(directory: Path) -> dict[str, StoredTensor]:
     if nf4_weights(tensors):
         raise BaseModelError(f"{directory} stores 4-bit weights, whose difference is rounding: give the dense base")
     return {tensor.name: tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.dtype in FLOATS}
-
-
-def _read(tensor: StoredTensor) -> torch.Tensor:
-    with safe_open(tensor.file, framework="pt") as file:
-        values: torch.Tensor = file.get_tensor(tensor.name)
-    return values.float()

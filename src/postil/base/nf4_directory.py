@@ -18,16 +18,18 @@ from postil.errors import BaseModelError
 from postil.files import atomic_directory, check_vacant, write_json
 
 
-def quantise_directory(source: str | Path, out: str | Path, *, dtype: str = "auto") -> QuantisedBytes:
+def quantise_directory(
+    source: str | Path, out: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> QuantisedBytes:
     """Write the base `source` (what load_base opens) to the directory `out` in NF4; returns what its layers take.
 
     `out` holds config.json with transformers' quantization_config, the tensors under bitsandbytes' keys, the
-    tokenizer, and in postil.json the fingerprint of the dense base, so that adapters fit both. dtype: of all else,
-    as in load_base. Written whole or not at all. Raises BaseModelError, also where the source is 4-bit already, and
-    StorageError.
+    tokenizer, and in postil.json the fingerprint of the dense base, so that adapters fit both. dtype (of all else)
+    and trust_remote_code: as in load_base. Written whole or not at all. Raises BaseModelError, also where the source
+    is 4-bit already, and StorageError.
     """
     check_vacant(out)
-    base = load_base(source, dtype=dtype, quant=NF4)
+    base = load_base(source, dtype=dtype, quant=NF4, trust_remote_code=trust_remote_code)
     if base.directory is not None and read_config(base.directory).get("quantization_config"):
         raise BaseModelError(f"{source} holds 4-bit weights already: there is nothing to quantise.")
     dense_source = base.fingerprint().source

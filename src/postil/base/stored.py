@@ -7,9 +7,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postil.errors import BaseModelError, listed
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -140,6 +143,15 @@ def stored_tensors(directory: Path) -> list[StoredTensor]:
                 f"{index} names tensors that no weight file holds: {listed(absent)}; download them again."
             )
     return tensors
+
+
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """A stored tensor's values, in the dtype and shape that they are stored in. Raises OSError, SafetensorError."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, framework="pt") as file:
+        values: torch.Tensor = file.get_tensor(tensor.name)
+    return values
 
 
 def nf4_weights(tensors: list[StoredTensor]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from postil import console
+from postil.cli.words import Code
 
 adapters = typer.Typer(help="Compare adapters.", no_args_is_help=True)
 Directory = Annotated[Path, typer.Argument(help="An adapter directory.")]
@@ -89,6 +90,10 @@ def merge(
         str | None,
         typer.Option(help="On a 4-bit base: original (the weights before) or dequantised (a dense copy)."),
     ] = None,
+    bound: Annotated[
+        float | None, typer.Option(help="The most that rounding may move a logit (default: by the dtype).")
+    ] = None,
+    trust_remote_code: Code = False,
 ) -> None:
     """Write base and adapter as one plain model directory that transformers loads without postil.
 
@@ -105,7 +110,8 @@ def merge(
     quant = "nf4" if loaded.base.get("form") == "nf4" else None
     if force:
         loaded.base = {}  # whose it was is forgotten, so there is nothing to compare with
-    written = export_merged(load_base(base, dtype=dtype, quant=quant), loaded, out, into=into)
+    opened = load_base(base, dtype=dtype, quant=quant, trust_remote_code=trust_remote_code)
+    written = export_merged(opened, loaded, out, bound=bound, into=into)
     console.note(f"{written.drift} against base and adapter apart")
     if written.from_nf4 is not None:
         console.note(f"{written.from_nf4} against the adapter on the 4-bit base")

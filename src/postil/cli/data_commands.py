@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from postil import console
+from postil.cli.words import Code
 from postil.errors import BaseModelError, DataError
 
 app = typer.Typer(help="Look at training data as the model will see it.", no_args_is_help=True)
@@ -25,9 +26,7 @@ def show(
     columns: Annotated[
         list[str] | None, typer.Option("--columns", help="name=column, e.g. prompt=question; repeatable.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
-    ] = False,
+    trust_remote_code: Code = False,
     skip_bad_lines: Annotated[bool, typer.Option(help="Put bad lines into FILE.bad.jsonl and go on.")] = False,
 ) -> None:
     """Show learned and masked text of the first samples, and the counts of the whole file.

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from postil import console
+from postil.cli.words import Code
 
 
 def doctor(
     base: Annotated[str | None, typer.Option("--base", "-b", help="Explain which paths this base takes.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
-    ] = False,
+    trust_remote_code: Code = False,
 ) -> None:
     """Show the machine, the versions and which compute paths run.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postil import console
+from postil.cli.words import Code
 from postil.errors import JudgeError
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ def judge(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     keep: Annotated[bool, typer.Option(help="Put the score card into the adapter's postil.json.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Take an adapter made for another base.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
-    ] = False,
+    trust_remote_code: Code = False,
 ) -> None:
     """Judge an adapter beside its base: on its task, and on what it should not have lost.
 

@@ -18,6 +18,7 @@ LABELS = {
     "gradients": "gradients",
     "optimiser": "optimiser state, float32",
     "kept": "best state so far, float32",
+    "origin": "the base, to compare with",
     "activations": "activations",
     "loss": "logits and loss, in chunks",
     "working": "working space",
@@ -45,6 +46,9 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations in the backward pass.")
     ] = False,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="General text is watched or held to (--guard or kl_weight in training).")
+    ] = False,
     copies: Annotated[int, typer.Option(help="Customised models to store.")] = 50,
     json_: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
 ) -> None:
@@ -61,7 +65,7 @@ def plan(
     options = PlanOptions.parse(
         {"method": method, "lora": lora, "pack_tokens": pack_tokens, "sequence_tokens": sequence_tokens,
          "target_share": target_share, "dtype": dtype, "device": device,
-         "gradient_checkpointing": gradient_checkpointing, "copies": copies}
+         "gradient_checkpointing": gradient_checkpointing, "guard": guard, "copies": copies}
     )  # fmt: skip
     result = run(base, options)
     if json_:

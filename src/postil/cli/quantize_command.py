@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from postil import console
+from postil.cli.words import Code
 
 
 def quantize(
     base: Annotated[str, typer.Argument(help="Model directory, known base, hub name, GGUF.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the 4-bit model directory goes.")],
     dtype: Annotated[str, typer.Option(help="Of all else: auto (as stored), float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Code = False,
 ) -> None:
     """Write a base in 4 bits (NF4, double quantised), which opens at once and loads in transformers as well.
 
@@ -22,7 +24,7 @@ def quantize(
     """
     from postil.base.nf4_directory import quantise_directory
 
-    size = quantise_directory(base, out, dtype=dtype)
+    size = quantise_directory(base, out, dtype=dtype, trust_remote_code=trust_remote_code)
     console.note(
         f"{size.layers} layers in {size.nf4 / 1e6:.1f} MB, {size.share:.3f} of the {size.bf16 / 1e6:.1f} MB that "
         "they take in bfloat16"

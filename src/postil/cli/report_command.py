@@ -26,6 +26,9 @@ def report(
     from postil.judging.report import REPORT, write_report
     from postil.judging.reported import run_of
 
+    for place in places:
+        if not place.is_dir():
+            raise JudgeError(f"{place} is no directory; name a run's or an adapter's")
     if out is None:
         run = run_of(places[0])
         if run is None or len(places) > 1:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from postil import console
+from postil.cli.words import Code
 from postil.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def shrink(
     general: Annotated[str, typer.Option(help='Rows {"text"} of general text; none leaves it out.')] = "shipped",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: Code = False,
 ) -> None:
     """Cut an adapter's ranks by SVD: the nearest adapter of that rank, and how near it is.
 
@@ -44,8 +46,9 @@ def shrink(
         from postil.base import load_base
         from postil.judging.between import between
 
-        console.note("measuring both on the base")
-        opened = load_base(base, dtype=dtype, device=device)
+        quant = "nf4" if before.base.get("form") == "nf4" else None  # as it was trained
+        opened = load_base(base, dtype=dtype, device=device, quant=quant, trust_remote_code=trust_remote_code)
+        console.note(f"measuring both on the base{' in 4 bits' if opened.quantised else ''}")
         measured = between(
             opened, before, found.adapter, target=target, general=None if general == "none" else general
         )

@@ -10,6 +10,7 @@ import typer
 
 from postil import console
 from postil.cli.tables import print_table
+from postil.cli.words import Code
 
 if TYPE_CHECKING:
     from postil.adapter.spectrum import Spectrum
@@ -25,6 +26,7 @@ def spectrum(
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write curves as SVG.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Everything, singular values too, as JSON.")] = False,
+    trust_remote_code: Code = False,
 ) -> None:
     """Show how many directions of each layer training really used.
 
@@ -36,7 +38,7 @@ def spectrum(
     from postil.judging.curves import standalone
     from postil.judging.spectra import charts
 
-    found = run(source, base, intruders=intruders)
+    found = run(source, base, intruders=intruders, trust_remote_code=trust_remote_code)
     if plot is not None:
         write_text(plot, standalone(charts(found)))
         console.note(f"curves: {plot}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postil import console
+from postil.cli.words import Code
 
 if TYPE_CHECKING:
     from postil.training import Job, Outcome
@@ -40,9 +41,7 @@ def train(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Put bad lines into DATA.bad.jsonl and go on.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")
-    ] = False,
+    trust_remote_code: Code = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
 ) -> None:
     """Train an adapter beside a frozen base (or, with --method full, the whole base).

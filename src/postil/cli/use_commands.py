@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postil import console
+from postil.cli.words import Code
 from postil.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ Tokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most thi
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
 Force = Annotated[bool, typer.Option("--force", help="Take adapters made for another base.")]
-Code = Annotated[bool, typer.Option("--trust-remote-code", help="Let the base's directory run its own code.")]
 
 
 def generate(

@@ -33,10 +33,10 @@ class Team:
     max_new_tokens: int
     options: DataOptions = field(default_factory=DataOptions)
 
-    def rows(self, split: str, counts: Mapping[str, int]) -> Rows:
-        """The first counts[split] rows of a split."""
+    def rows(self, split: str, counts: Mapping[str, int] | None = None) -> Rows:
+        """A split's rows; the first counts[split] of them where counts are given."""
         text = (files("postil.data") / "samples" / "demo" / self.name / f"{split}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()][: counts[split]]
+        return [json.loads(line) for line in text.splitlines()][: None if counts is None else counts[split]]
 
     def request(self, row: dict[str, Any], adapter: str | None) -> Request:
         """The test row's question, for the adapter or the bare base."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,11 @@ def judge(
             keep = False
             subject.notes.append(
                 f"{subject.directory} is a published version, which never changes: it keeps its card"
+            )
+        if keep and subject.directory is not None and not os.access(subject.directory, os.W_OK):
+            raise JudgeError(
+                f"{subject.directory} cannot be written, so the score card has no place there: leave it out with "
+                "--no-keep (keep=False), or copy the directory"
             )
         job = _prepared(subject, options, sources, watch)
         if gate is not None and job.tasks is None:  # lm-eval's measures are known after its tasks have run

@@ -22,7 +22,8 @@ class Memory(Settings):
 
     masters: what is trained, in float32 (an adapter's A and B, or a float32 copy of every weight). gradients: their
     float32 sum and, in full fine-tuning, those that the backward pass has made in the weights' dtype so far.
-    optimiser: AdamW's two moments, float32. kept: the best state so far, float32. activations: what the forward pass
+    optimiser: AdamW's two moments, float32. kept: the best state so far, float32. origin: the base beside a fully
+    trained one, for comparing on general text. activations: what the forward pass
     keeps for the backward pass. loss: logits of one chunk and their gradient, and the hidden states' gradient.
     working: tensors in passing. slack: what the process's heap holds beyond the tensors in use (CPU).
     """
@@ -34,6 +35,7 @@ class Memory(Settings):
     gradients: int
     optimiser: int
     kept: int
+    origin: int
     activations: int
     loss: int
     working: int
@@ -67,13 +69,14 @@ class Step:
     device: str
     checkpointing: bool
     kept: bool
+    general: bool
 
 
 def peak_of(config: Any, dtype: torch.dtype, layers: Sequence[torch.nn.Module], step: Step) -> Memory:
     """The peak of one training step. layers: the decoder's layers (on the meta device)."""
     trace = partial(
         traced_step, dtype=dtype, method=step.method, lora=step.lora, lengths=step.lengths, targets=step.targets,
-        device=step.device, checkpointing=step.checkpointing, kept=step.kept,
+        device=step.device, checkpointing=step.checkpointing, kept=step.kept, general=step.general,
     )  # fmt: skip
     plain = not step.lora.layers_to_transform and not step.lora.rank_pattern
     if uniform(layers, config) and plain and len(layers) > 2 * MORE:
@@ -95,7 +98,7 @@ def _continued(few: Bytes, more: Bytes, count: int) -> Bytes:
 
 
 def _named(at: Bytes, moment: str) -> Memory:
-    names = {"weights", "masters", "gradients", "optimiser", "kept", "forward", "loss", SLACK}
+    names = {"weights", "masters", "gradients", "optimiser", "kept", "origin", "forward", "loss", SLACK}
 
     def get(part: str) -> int:
         return at.get(part, 0)
@@ -106,6 +109,7 @@ def _named(at: Bytes, moment: str) -> Memory:
         gradients=get("gradients"),
         optimiser=get("optimiser"),
         kept=get("kept"),
+        origin=get("origin"),
         activations=get("forward"),
         loss=get("loss"),
         working=sum(size for part, size in at.items() if part not in names),

@@ -13,6 +13,7 @@ from pydantic import Field
 from postil.adapter.config import LoraConfig
 from postil.errors import RecipeError, nearest
 from postil.planning.memory import Memory
+from postil.planning.shapes import Shape, open_shape
 from postil.settings import Settings
 
 USABLE = 0.92  # of a card's nominal memory: the rest goes to the driver's context, ECC and fragmentation
@@ -27,7 +28,8 @@ class PlanOptions(Settings):
     pack_tokens: tokens of the largest flat batch (at most the recipe's training.pack_tokens); sequence_tokens: of
     one sequence in it; lengths: the tokens of every sequence of that batch, in place of both. target_share: of its
     tokens with loss. dtype: of the base, "auto" as stored. device: "cuda" or "cpu". held_out: whether rows are held
-    out, so that a copy of the best state is kept. copies: of customised models, for the storage.
+    out, so that a copy of the best state is kept. guard: whether general text is watched or held to, for which full
+    fine-tuning keeps a copy of the base. copies: of customised models, for the storage.
     """
 
     where: ClassVar[str] = "plan"
@@ -42,6 +44,7 @@ class PlanOptions(Settings):
     target_share: float = Field(default=1.0, gt=0, le=1)
     gradient_checkpointing: bool = False
     held_out: bool = True
+    guard: bool = False
     copies: int = Field(default=50, ge=1)
 
     @property
@@ -125,7 +128,6 @@ def plan(base: str | Path, options: PlanOptions | None = None, **settings: Any) 
     from postil.base.structure import decoder_layers
     from postil.planning.memory import Step, peak_of
     from postil.planning.notes import notes_of
-    from postil.planning.shapes import open_shape
     from postil.planning.step import meta_model
 
     options = options or _options(settings)
@@ -134,6 +136,7 @@ def plan(base: str | Path, options: PlanOptions | None = None, **settings: Any) 
     if name not in DTYPES:
         raise RecipeError(f"{base} is stored in {name}{nearest(name, DTYPES)}; say which with --dtype bfloat16")
     dtype: torch.dtype = getattr(torch, name)
+    options, said = _fitting(shape, options)
     model = meta_model(shape.config, dtype)
     layers = list(decoder_layers(model)[1])
     counted = _counted(model, options)
@@ -142,20 +145,22 @@ def plan(base: str | Path, options: PlanOptions | None = None, **settings: Any) 
 
     def peak(checkpointing: bool) -> Memory:
         step = Step(
-            options.method, options.lora, lengths, targets, options.device, checkpointing, options.held_out
+            options.method, options.lora, lengths, targets, options.device, checkpointing, options.held_out,
+            options.guard,
         )  # fmt: skip
         return peak_of(shape.config, dtype, layers, step)
 
     memory = peak(options.gradient_checkpointing)
     checkpointed = None if options.gradient_checkpointing else peak(True)
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    storage = _storage(counted, dtype, options)
+    stored = memory.weights if shape.nf4 else counted.parameters * dtype.itemsize
+    storage = _storage(counted, stored, options)
     places = _known_cards() if options.device == "cuda" else _this_machine()
     cards = [_fitted(place, gib, memory, checkpointed) for place, gib in places]
     return Plan(
         base=str(base), architecture=str(shape.config.model_type), dtype=name, options=options, counted=counted,
         memory=memory, checkpointed=checkpointed, undivided_logits=4 * targets * vocabulary, storage=storage,
-        cards=cards, notes=notes_of(shape, counted, memory, options, dtype),
+        cards=cards, notes=[*said, *notes_of(shape, counted, memory, options, dtype)],
     )  # fmt: skip
 
 
@@ -186,8 +191,22 @@ def _counted(model: Any, options: PlanOptions) -> Counted:
     )
 
 
-def _storage(counted: Counted, dtype: Any, options: PlanOptions) -> Storage:
-    base = counted.parameters * dtype.itemsize
+def _fitting(shape: Shape, options: PlanOptions) -> tuple[PlanOptions, list[str]]:
+    """The options as this base allows them, and what was changed in them. Raises RecipeError."""
+    changes, said = dict[str, Any](), list[str]()
+    if shape.nf4 and options.method == "full":
+        raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: take a dense base")
+    if shape.nf4 and options.method == "lora":
+        changes["method"] = "qlora"
+        said.append(f"{shape.name} is stored in 4 bits, so what trains beside it is planned as qlora")
+    context = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
+    if options.lengths is None and context and context < min(options.sequence_tokens, options.pack_tokens):
+        changes["sequence_tokens"] = context
+        said.append(f"sequences of {context} tokens, the base's context")
+    return options.model_copy(update=changes), said
+
+
+def _storage(counted: Counted, base: int, options: PlanOptions) -> Storage:
     adapter = None if options.method == "full" else 4 * counted.trained  # float32, as save_adapter writes it
     return Storage(
         base=base,

@@ -13,7 +13,7 @@ from typing import Any
 from postil.base import catalog
 from postil.base.quiet import LOADING_ERRORS, first_line, quiet
 from postil.base.stored import read_config, read_object, stored_tensors
-from postil.base.support import check_supported, refuse_code
+from postil.base.support import check_supported
 from postil.errors import BaseModelError, listed, nearest
 
 _STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -23,13 +23,14 @@ _STORED = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float
 class Shape:
     """A base without its weights: `config` is transformers' configuration, `dtype` the weights' as stored.
 
-    field: method → what tables of others say it takes, where they say so.
+    field: method → what tables of others say it takes, where they say so. nf4: its layers are stored in 4 bits.
     """
 
     name: str
     config: Any
     dtype: str
     field: dict[str, str] = dataclasses.field(default_factory=dict)
+    nf4: bool = False
 
 
 @functools.cache
@@ -77,7 +78,6 @@ def _of_catalog(name: str) -> Shape:
 
 
 def _of_config(name: str, directory: Path, config: dict[str, Any], *, weights: bool) -> Shape:
-    refuse_code(directory, {"config.json": config})
     check_supported(config, directory, trust_remote_code=False, nf4=True)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if weights and any(directory.glob("*.safetensors")):
@@ -85,7 +85,7 @@ def _of_config(name: str, directory: Path, config: dict[str, Any], *, weights: b
         if len(kinds) == 1:
             dtype = kinds.pop()
     fields = {key: value for key, value in config.items() if key != "quantization_config"}
-    return Shape(name, _configuration(fields, name), dtype)
+    return Shape(name, _configuration(fields, name), dtype, nf4=bool(config.get("quantization_config")))
 
 
 def _configuration(fields: dict[str, Any], name: str) -> Any:

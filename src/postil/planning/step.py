@@ -23,6 +23,7 @@ from postil.base.quantise import emptied, put, quantisable
 from postil.base.quiet import quiet
 from postil.base.structure import decoder_layers
 from postil.errors import BaseModelError
+from postil.kernels.dense import memory_apart
 from postil.kernels.layout import Layout
 from postil.kernels.loss import cross_entropy
 from postil.kernels.nf4 import Nf4Weight
@@ -65,12 +66,13 @@ def traced_step(
     device: str,
     checkpointing: bool,
     kept: bool,
+    general: bool,
 ) -> dict[str, Bytes]:
     """Part of the step (forward, loss, backward, update) → live bytes by part when it took most.
 
     Nothing is computed and no memory taken. lengths: tokens per sequence of the one pack; targets: tokens with
-    loss; device: "cpu" or "cuda"; kept: a copy of the best state is held. Parts: weights, masters, gradients,
-    optimiser, kept, forward (activations), loss, backward, update, slack.
+    loss; device: "cpu" or "cuda"; kept: a copy of the best state is held; general: text is compared with the base.
+    Parts: weights, masters, gradients, optimiser, kept, origin, forward (activations), loss, backward, update, slack.
     """
     ledger = Ledger(heap=device == "cpu")
     with ExitStack() as stack:
@@ -81,6 +83,8 @@ def traced_step(
             optimizer = AdamW.of(weights, TrainOptions(), total_steps=1)
         with ledger.during("kept"):
             best = weights.flat.detach().clone() if kept else None
+        with ledger.during("origin"):
+            origin = weights.origin() if general else None
         model.packs = _takes_packs(model)
         model.checkpointing = checkpointing
         ledger.forget_peaks()
@@ -103,7 +107,7 @@ def traced_step(
                 weights.collect()
         with ledger.during("update"):
             optimizer.update()
-        del best
+        del best, origin
     return ledger.peaks
 
 
@@ -118,6 +122,7 @@ def _traced_model(
     """
     with ExitStack() as stack:
         nf4_pairs(torch.device("cpu" if device == "cpu" else "meta"))  # cached for good: not to be made in here
+        stack.enter_context(memory_apart())
         if device == "cpu":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(Recorder(ledger, "cpu"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
     for directory in reversed(_directories(run)):
         manifest = _whole(directory)
         if manifest is None:
-            notes.append(f"{directory.name} is not whole and was passed over")
+            aside = _set_aside(directory)
+            notes.append(f"{directory.name} is not whole: it is {aside.name} now, and was passed over")
             continue
         if manifest["identity"] != identity:
             raise RunError(
@@ -139,7 +142,20 @@ def _whole(directory: Path) -> dict[str, Any] | None:
         return None
 
 
+def _set_aside(directory: Path) -> Path:
+    """Give a checkpoint that is not whole another name, so that its step can be written again."""
+    aside = next(
+        other
+        for n in itertools.count(1)
+        if not (other := directory.with_name(f"{directory.name}.damaged-{n}")).exists()
+    )
+    directory.rename(aside)
+    return aside
+
+
 def _drop(directory: Path) -> None:
+    """Remove a checkpoint; what else lies in its directory stays there."""
     for name in (MANIFEST, TENSORS):
         (directory / name).unlink(missing_ok=True)
-    directory.rmdir()
+    with suppress(OSError):
+        directory.rmdir()

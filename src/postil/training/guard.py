@@ -175,6 +175,8 @@ def keep(
     passes = options.guard is None or (rise is not None and rise <= options.guard)
     if passes and (loss is None or progress.best_loss is None or loss < progress.best_loss):
         progress.best_step, progress.best_loss, progress.best_rise, progress.since_best = progress.step, loss, rise, 0
-        progress.best = weights.flat.detach().clone()
+        if progress.best is None:
+            progress.best = torch.empty_like(weights.flat)
+        progress.best.copy_(weights.flat.detach())  # into the same memory: a second copy of a whole model is much
     else:
         progress.since_best += 1

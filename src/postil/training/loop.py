@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from postil.adapter.adapter import Adapter
@@ -24,13 +23,13 @@ from postil.adapter.divergence import Bare
 from postil.adapter.model import AdaptedModel
 from postil.base import Base
 from postil.data import Dataset, Pack, Sample, epoch_steps
-from postil.errors import AdapterError, DataError, RecipeError, RunError, StorageError, listed
-from postil.files import remove_leftovers
+from postil.errors import AdapterError, DataError, RecipeError, RunError, listed
 from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import spans_of, to_device
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from postil.training.directory import only_trainer
 from postil.training.general import General, check_general, kl_gradients, split_general
 from postil.training.guard import Gauge, Guarded, keep
 from postil.training.log import RunLog
@@ -42,8 +41,8 @@ Watcher = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: steps done, the last training loss and best validation loss (nats per target token), and
-    what a guard did."""
+    """How a run ended: steps done, the last training loss and best validation loss (nats per target token), what a
+    guard did, and the step that it began or went on from."""
 
     steps: int
     total_steps: int
@@ -52,6 +51,7 @@ class Outcome:
     best_step: int
     stopped: bool
     guarded: Guarded | None = None
+    begun: int = 0
 
 
 def train(
@@ -130,7 +130,7 @@ def run(
     if resident is not None:
         resident.card = {}
     try:
-        with _only_trainer(directory):
+        with only_trainer(directory):
             return _train(model, samples, valid, beside, directory, resident, weights, options, watch, tell)
     finally:
         model.checkpointing = False
@@ -165,6 +165,8 @@ def _train(
             tell(line)
     if progress.best is None:
         progress.best = untouched  # step 0 passes any guard
+    del untouched
+    begun = progress.step
     gauge = Gauge.of(model, general.watched, options.pack_tokens, bare) if general is not None else None
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
@@ -220,7 +222,7 @@ def _train(
         guarded = gauge.verdict(model, resident, progress, options.guard, watching)
         if guarded.step:
             tell(guarded.sentence())
-    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, guarded)
+    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, guarded, begun)
 
 
 def check_form(base: Base, options: TrainOptions) -> None:
@@ -229,24 +231,6 @@ def check_form(base: Base, options: TrainOptions) -> None:
         raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: take a dense base")
     if options.method == "qlora" and not base.quantised:
         raise RecipeError('training.method qlora needs a 4-bit base: open it with quant="nf4", or use method lora')
-
-
-@contextmanager
-def _only_trainer(directory: Path | None) -> Iterator[None]:
-    """One process at a time trains in a run directory; what killed ones left there is removed."""
-    if directory is None:
-        yield
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{directory} could not be made ({error.strerror}); choose another --out") from error
-    try:
-        with filelock.FileLock(directory / ".lock", timeout=0):
-            remove_leftovers(directory)
-            yield
-    except filelock.Timeout:
-        raise RunError(f"another process is training in {directory}; wait for it or choose another --out") from None
 
 
 def seconds_per_run(

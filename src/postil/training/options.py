@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from postil.settings import Settings
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_LEARNING_RATE = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}  # LoRA about 10× full (LoRA Without Regret)
 
 
@@ -27,6 +28,7 @@ class TrainOptions(Settings):
     batch_size, are learned among each step's own. general_tokens: of one general row in a step.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
     where: ClassVar[str] = "training"
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -40,7 +42,7 @@ class TrainOptions(Settings):
     warmup: int = Field(default=20, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     gradient_checkpointing: bool = False
     valid_every: int | None = Field(default=None, ge=1)

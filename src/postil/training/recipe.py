@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,19 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
+from safetensors import SafetensorError
 
 from postil.adapter import AdaptedModel, Adapter, LoraConfig, attach
+from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, load_base
 from postil.base.quiet import quiet
+from postil.base.stored import read_tensor, stored_tensors
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
-from postil.errors import RecipeError, RunError, listed
-from postil.files import atomic_directory, write_json, write_text
+from postil.errors import PostilError, RecipeError
+from postil.files import atomic_directory, write_json
 from postil.settings import Settings
 from postil.training.card import card_of
+from postil.training.directory import RECIPE, check_foreign, keep_recipe, only_trainer, read_recipe, read_yaml
 from postil.training.general import check_general, split_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import TrainOptions
@@ -49,22 +53,9 @@ class Recipe(Settings):
     training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError that names the file and the line."""
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}: expected keys such as base, data, out; found {type(value).__name__}")
-    return value
-
-
 def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """A recipe's mapping with `training.learning_rate=2e-4` and the like set; values are read as YAML."""
-    out: dict[str, Any] = json.loads(json.dumps(values))
+    out: dict[str, Any] = copy.deepcopy(values)
     for setting in settings:
         key, mark, text = setting.partition("=")
         if not mark or not key:
@@ -77,7 +68,7 @@ def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]
                 raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
             place = inner
         try:
-            place[last] = _number(yaml.safe_load(text))
+            place[last] = _number(read_yaml(text))
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {setting}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
     return out
@@ -156,74 +147,83 @@ def prepare(recipe: Recipe) -> Job:
     if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
-            from postil.adapter.peft_files import load_adapter
-
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
     return Job(recipe, base, model, list(training), list(valid), dataset, held_out, general)
 
 
-_OWN = (".lock", "recipe.yaml", "log.jsonl", "checkpoints")  # what a run's directory has from its beginning
-
-
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
     recipe, out = job.recipe, Path(job.recipe.out)
     fields = recipe.model_dump(mode="json")
-    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-    kept = out / "recipe.yaml"
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in _OWN):
-        raise RunError(f"{out} holds files that are of no run; choose another --out, so that nothing is mixed up")
-    begun = any((out / "checkpoints").glob("step-*"))
-    if begun and kept.is_file() and kept.read_text(encoding="utf-8") != text:
-        raise RunError(
-            f"{out} holds a run of another recipe{_differing(kept, fields)}; choose another --out or remove that "
-            "directory"
-        )
-    write_text(kept, text)
-    outcome = run(
-        job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
-        options=recipe.training, watch=watch, tell=tell,
-    )  # fmt: skip
-    if outcome.stopped:
-        return outcome
-    refuse_untouched(outcome)
-    if recipe.training.method == "full":
-        _save_model(job, out / "model")
-    else:
-        adapter = job.model.export("default")
-        adapter.card |= card_of(
-            fields, outcome, job.dataset, samples=len(job.training), held_out=job.held_out,
-            held_out_samples=len(job.valid), general=job.general,
+    check_foreign(out)
+    with only_trainer(out):
+        keep_recipe(out, fields, _normal(out / RECIPE, fields))
+        outcome = run(
+            job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
+            options=recipe.training, watch=watch, tell=tell,
         )  # fmt: skip
-        from postil.adapter.peft_files import save_adapter
-
-        save_adapter(adapter, out / "adapter")
+        if outcome.stopped:
+            return outcome
+        refuse_untouched(outcome)
+        again = outcome.begun == outcome.steps  # there was nothing left to do: what is written, stays, card and all
+        if recipe.training.method == "full":
+            if not (again and _holds_model(out / "model", job.base)):
+                _save_model(job, out / "model")
+            return outcome
+        adapter = job.model.export("default")
+        if not (again and _holds_adapter(out / "adapter", adapter)):
+            adapter.card |= card_of(
+                fields, outcome, job.dataset, samples=len(job.training), held_out=job.held_out,
+                held_out_samples=len(job.valid), general=job.general,
+            )  # fmt: skip
+            save_adapter(adapter, out / "adapter")
     return outcome
 
 
-def _differing(kept: Path, fields: dict[str, Any]) -> str:
-    """Which keys a run's recipe has otherwise, with both values; nothing where its file cannot be read."""
+def _normal(file: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """What a recipe's file comes to with every key, what a flag may name taken from `fields`; None for no recipe."""
     try:
-        before = _flat(read_recipe(kept))
-    except RecipeError:
-        return ""
-    now = _flat(fields)
-    keys = [key for key in dict.fromkeys((*now, *before)) if before.get(key) != now.get(key)]
-    return f" ({listed([f'{key}: {before.get(key)} there, {now.get(key)} here' for key in keys])})" if keys else ""
+        values = {key: fields[key] for key in ("base", "data", "out")} | read_recipe(file)
+        return Recipe(**values).model_dump(mode="json")
+    except PostilError:
+        return None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by dotted key."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+def _holds_adapter(directory: Path, adapter: Adapter) -> bool:
+    """Whether a directory holds this adapter's values."""
+    try:
+        there = load_adapter(directory).tensors
+    except PostilError:
+        return False
+    return there.keys() == adapter.tensors.keys() and all(
+        there[key].equal(tensor) for key, tensor in adapter.tensors.items()
+    )
+
+
+def _holds_model(directory: Path, base: Base) -> bool:
+    """Whether a directory holds this model's values, tensor by tensor."""
+    own = dict(base.model.named_parameters(remove_duplicate=False))
+    try:
+        found = {tensor.name: tensor for tensor in stored_tensors(directory)}
+        aliases = {name: value.data_ptr() for name, value in own.items()}
+        if {value for name, value in aliases.items() if name in found} != set(aliases.values()):
+            return False
+        return (directory / "postil.json").is_file() and all(
+            read_tensor(tensor).equal(own[name].detach().cpu()) for name, tensor in found.items() if name in own
+        )
+    except (PostilError, OSError, SafetensorError):
+        return False
 
 
 def _save_model(job: Job, directory: Path) -> None:
     """A fully fine-tuned model as a Hugging Face directory."""
-    with atomic_directory(directory, marker="postil.json") as temporary, quiet():
-        job.base.model.save_pretrained(temporary)
+    with atomic_directory(directory, marker="postil.json", carry=True) as temporary, quiet():
+        try:
+            job.base.model.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"{error}") from error  # its way to say that the disk is full
         write_json(temporary / "postil.json", {"recipe": job.recipe.model_dump(mode="json"), "method": "full"})
         if job.base.tokenizer is not None:
             job.base.tokenizer.save_pretrained(temporary)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for the owner alone

@@ -11,6 +11,7 @@ import functools
 import platform
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,3 +129,16 @@ def _memory(use: str, rows: int, columns: int) -> torch.Tensor:
 
 
 _kept = threading.local()
+
+
+@contextmanager
+def memory_apart() -> Iterator[None]:
+    """This thread's kept memory is made anew in here and forgotten afterwards: for tensors without data."""
+    mine = vars(_kept)
+    before = dict(mine)
+    mine.clear()
+    try:
+        yield
+    finally:
+        mine.clear()
+        mine.update(before)

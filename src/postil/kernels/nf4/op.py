@@ -220,7 +220,8 @@ def _product_t(g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
 def _row_tiles(w: Nf4Weight, dtype: torch.dtype, start: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(from row, to row, their values): the values' memory is written again by the next tile."""
     d_in = w.shape[1]
-    rows = max(min(_tile_values(w) // d_in // 16 * 16, end - start), 1)
+    high = max(_tile_values(w) // d_in // 16, 1) * 16  # fewer than 16 rows cost a product four times as much
+    rows = max(min(high, end - start), 1)
     if d_in % w.blocksize:
         for low in range(start, end, rows):
             high = min(low + rows, end)
