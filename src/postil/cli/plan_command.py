@@ -22,7 +22,7 @@ LABELS = {
     "activations": "activations",
     "loss": "logits and loss, in chunks",
     "working": "working space",
-    "slack": "heap beyond what is in use",
+    "slack": "process and heap beyond what is in use",
 }
 
 

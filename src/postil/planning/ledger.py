@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 # 2.36 (bench/plan_memory.py): 1.28 to 1.39 for full fine-tuning and LoRA, 500 to 2,000 tokens, three steps.
 HEAP_FACTOR = 4 / 3
 HEAP_BLOCK = 32 * 2**20  # bytes; DEFAULT_MMAP_THRESHOLD_MAX of a 64-bit glibc
+# What a process takes beside tensors by the end of a first step of 8 tokens: code and tables loaded at first use.
+PROCESS = 26_000_000  # bytes of RssAnon, measured likewise
 SLACK = "slack"
 
 Bytes = dict[str, int]
@@ -27,8 +29,8 @@ Bytes = dict[str, int]
 class Ledger:
     """Live bytes by part, and per part of the step the state in which most memory was taken.
 
-    heap: whether the process's heap keeps what is freed (glibc, on the CPU); what it holds beyond the live tensors
-    is then part "slack" of a peak. peaks: part → live bytes by part at the moment when most was taken within it.
+    heap: whether the process's heap keeps what is freed (glibc, on the CPU); what it holds beyond the live tensors,
+    and what the process takes besides, is then part "slack" of a peak. peaks: part → live bytes by part at the moment when most was taken within it.
     """
 
     heap: bool
@@ -80,7 +82,7 @@ class Ledger:
 
     @property
     def _slack(self) -> int:
-        return max(int(HEAP_FACTOR * self._heap_high) - self._in_heap, 0) if self.heap else 0
+        return max(int(HEAP_FACTOR * self._heap_high) - self._in_heap, 0) + PROCESS if self.heap else 0
 
     def _died(self, key: int, _reference: object) -> None:
         _, size, part = self._known.pop(key)

@@ -25,7 +25,7 @@ class Memory(Settings):
     optimiser: AdamW's two moments, float32. kept: the best state so far, float32. origin: the base beside a fully
     trained one, for comparing on general text. activations: what the forward pass
     keeps for the backward pass. loss: logits of one chunk and their gradient, and the hidden states' gradient.
-    working: tensors in passing. slack: what the process's heap holds beyond the tensors in use (CPU).
+    working: tensors in passing. slack: what the process and its heap hold beyond the tensors in use (CPU).
     """
 
     where: ClassVar[str] = "plan"
