@@ -74,6 +74,21 @@ def test_what_a_user_put_there_stays(own: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_lies_beside_goes_with_it_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    write(target, "one")
+    (target / "notes.txt").write_text("mine")
+    (target / ".#notes.txt").symlink_to("nowhere")  # an editor's lock
+    (target / "model-00001-of-00002.safetensors").write_text("old weights")
+    with atomic_directory(target, marker="mark", carry=True) as temporary:
+        (temporary / "mark").write_text("two")
+    assert sorted(path.name for path in target.iterdir()) == [".#notes.txt", "mark", "notes.txt"]
+    assert (target / "mark").read_text() == "two"
+    assert (target / "notes.txt").read_text() == "mine"
+    write(target, "three")
+    assert [path.name for path in target.iterdir()] == ["mark"]
+
+
 def test_without_a_marker_nothing_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "a", "one")
     with pytest.raises(StorageError, match="nothing was written"):

@@ -82,10 +82,12 @@ def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool
         yield temporary
         if carry and target.is_dir():
             for inner in target.iterdir():
-                if not (temporary / inner.name).exists() and not _WEIGHTS.fullmatch(inner.name):
+                ours = (temporary / inner.name).exists() or _WEIGHTS.fullmatch(inner.name)
+                if not ours and (inner.is_symlink() or inner.is_file()):
                     shutil.copy2(inner, temporary / inner.name, follow_symlinks=False)
         for inner in sorted(temporary.rglob("*"), reverse=True):
-            _fsync(inner)
+            if not inner.is_symlink():
+                _fsync(inner)
         _fsync(temporary)
         _put(temporary, target)
         _fsync(target.parent)

@@ -218,7 +218,7 @@ def test_a_detached_model_says_so(lab: Any) -> None:
     model = attach(base, LoraConfig())
     model.checkpointing = True
     detach(model)
-    assert (model.checkpointing, model.attention_calls, model.active, model.residents) == (False, 0, {}, {})
+    assert (model.checkpointing, model.attention_calls, model.active, model.residents) == (False, {}, {}, {})
     for action in (
         lambda: model.activate("default"),
         lambda: model.activate(),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.adapter import probe as probing
-from postil.errors import BaseModelError
+from postil.errors import AdapterError, BaseModelError
 from postil.kernels.layout import Layout, Span, Spans, positions_of
 
 SHARED: dict[str, Any] = {
@@ -121,3 +121,26 @@ def test_one_wrong_token_among_right_ones_is_noticed(lab: Any) -> None:
 
     with pytest.raises(BaseModelError, match=r"gives other logits through postil .* not supported"):
         attach(spoilt(lab.tiny(), last))
+
+
+def test_what_is_no_decoder_inside_is_refused_by_name() -> None:
+    config = transformers.ModernBertDecoderConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(BaseModelError, match=r"ModernBertDecoderForCausalLM does not run as a decoder .* not supp"):
+        attach(transformers.ModernBertDecoderForCausalLM(config))
+
+
+def test_rows_that_are_no_tokens_are_refused() -> None:
+    """CPM-Ant puts rows of its own before the tokens."""
+    config = transformers.CpmAntConfig(
+        vocab_size=101, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=64, num_hidden_layers=2
+    )  # fmt: skip
+    model = attach(transformers.CpmAntForCausalLM(config), LoraConfig(target_modules="all-linear"))
+    ids = torch.arange(5)
+    with (
+        model.using(Layout.packed((5,), model.spans_for({"default": 1.0}, 5))),
+        pytest.raises(AdapterError, match="gives an adapted module 37 rows for 5 tokens"),
+    ):
+        model.hidden(ids, ids)

@@ -113,7 +113,7 @@ def test_data_show_prints_samples_and_counts(postil: Any, base: Path, rows: Path
     result = postil("data", "show", rows, "--base", base, "--rows", 2)
     assert result.code == 0
     assert result.out.count("<|im_start|>assistant") == 2
-    assert "yes yes" in result.out
+    assert "⟦yes" in result.out  # what is learned stands out without colour, too
     assert "format prompt: 20 samples," in result.out
     assert "longest sample 39 tokens, limit 128" in result.out  # the base's context, as in training
 
@@ -149,7 +149,7 @@ def test_data_show_reads_as_a_recipe_would(postil: Any, refusal: Any, base: Path
     columns = ("--columns", "prompt=question", "--columns", "completion=answer")
     result = postil(*words, *columns, "--separator", " => ", "--max-length", 10)
     assert result.code == 0
-    assert "p => c" in result.out
+    assert "p => ⟦c" in result.out
     assert "ccccccccc" not in result.out
     assert "1 row longer than the limit, left out: 2" in " ".join(result.out.split())
     cut = postil(*words, *columns, "--separator", " => ", "--max-length", 10, "--too-long", "truncate")

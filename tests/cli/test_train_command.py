@@ -192,7 +192,7 @@ def test_a_recipe_written_by_hand_stays(
     file.parent.mkdir()
     text = f"# why these\nbase: {base}\ndata: {rows}\nout: {file.parent}\n"
     file.write_text(text)
-    assert f"{file} is not of this run (training.learning_rate: None there, 0.5 here)" in refusal(
+    assert f"{file} is not this run's (training.learning_rate: None there, 0.5 here)" in refusal(
         "train", file, "--lr", "0.5"
     )
     assert [path.name for path in file.parent.iterdir() if path.name != ".lock"] == ["recipe.yaml"]

@@ -51,6 +51,25 @@ def test_a_prompt_is_answered_with_and_without_a_note(
     assert postil(*generate, "Hello").out == bare.out
 
 
+def test_a_note_that_learned_plain_text_is_asked_so(
+    postil: Any, base: Path, rows: Path, generate: Any, ask: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "plain"
+    settings = ("rows.format=raw", 'rows.separator=" => "', "training.steps=1")
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert postil("train", "--base", base, "--data", rows, "--out", run, *words).code == 0
+    note = ("--adapter", run / "adapter")
+    asked, given, short = (postil(*generate, *words, *note) for words in (
+        ["Say 3"], ["Say 3 => ", "--raw"], ["Say 3", "--raw"],
+    ))  # fmt: skip
+    assert asked.out == given.out
+    assert "plain learned plain text, ' => ' between prompt and completion: so it is asked" in asked.err
+    assert "learned plain text" not in given.err
+    assert "leave --raw out, and it is put there" in short.err
+    (one,) = answers(postil(*generate, *note, "--requests", ask({"prompt": "Say 3", "adapter": "plain"})))
+    assert one["text"] == asked.out.removesuffix("\n")
+
+
 def test_sampling_is_decided_by_its_seed(postil: Any, generate: Any) -> None:
     outs = [postil(*generate, "Hello", "--temperature", 2, "--seed", seed).out for seed in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
@@ -207,6 +226,8 @@ def test_a_note_of_another_base(postil: Any, refusal: Any, base: Path, adapter: 
         ({"adapter": "run"}, "ask.jsonl:1 gives none: give one of ids, prompt and messages"),
         ("[1]", 'ask.jsonl:1: a request is an object such as {"prompt": "Hello"}'),
         ('{"prompt"', "ask.jsonl:1: not JSON (Expecting ':' delimiter"),
+        ('{"prompt": "a", "prompt": "b"}', "ask.jsonl:1: not JSON (the key 'prompt' comes twice in one object)"),
+        ('{"prompt": ' + "[" * 100_000, "ask.jsonl:1: not JSON (maximum recursion depth"),
         ("", "ask.jsonl holds no request; write one a line"),
     ],
 )

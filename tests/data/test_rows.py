@@ -78,6 +78,23 @@ def test_parquet(tmp_path: Path) -> None:
         read(path)
 
 
+def test_columns_of_parquet_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    text = pyarrow.array(["p"])
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "note": broken}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: the column 'note' holds what cannot be read"):
+        read(path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([text, text], names=["prompt", "prompt"]), path)
+    with pytest.raises(DataError, match="two columns named prompt"):
+        read(path)
+
+
 def _schema() -> Any:
     import pyarrow
 

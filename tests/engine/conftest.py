@@ -28,6 +28,13 @@ SIZES = {
     },
     "gpt2": {},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "intermediate_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    },
+    "diffllama": {"num_key_value_heads": 2, "intermediate_size": 64},
+    "openai-gpt": {},
 }  # fmt: skip
 RANKS = {"one": 1, "four": 4, "eight": 8}
 

@@ -72,6 +72,28 @@ def test_a_mixed_batch_equals_every_solo_run(
     assert len({answer.ids[0] for answer in answers if answer.ids}) > 3  # the models do say different things
 
 
+@pytest.mark.parametrize(
+    ("kind", "packs"),
+    [
+        ("deepseek_v3", True),  # values of another size than keys
+        ("diffllama", False),  # asks for attention twice a layer
+        ("openai-gpt", False),  # keeps no keys
+    ],
+)
+def test_odd_architectures_answer_as_by_themselves(
+    kind: str, packs: bool, make_base: Callable[..., Any], merged_greedy: Callable[..., Any]
+) -> None:
+    base = make_base(kind)
+    prompts = [(5, 9, 30), (7,), (100, 3, 8, 41, 60)]
+    with Engine(base) as engine:
+        assert engine.model.packs == packs
+        answers = engine.run([Request(ids=ids, max_new_tokens=8) for ids in prompts])
+    close = sum(
+        differences(answer, *merged_greedy(base, None, ids, 8)) for answer, ids in zip(answers, prompts, strict=True)
+    )
+    assert close <= 1
+
+
 def test_adapters_change_the_answers(make_base: Callable[..., Any], make_adapters: Callable[..., Any]) -> None:
     base = make_base("llama")
     with Engine(base, make_adapters(base)) as engine:

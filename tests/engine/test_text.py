@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
 
 from postil.data import encode_prompt, render
 from postil.engine import Engine, Request
@@ -64,6 +67,40 @@ def test_the_end_token_is_not_in_the_text(tokenizer: Any) -> None:
     made = row(tokenizer)
     pushed(made, [*tokenizer("hi")["input_ids"], 257])
     assert (made.answer().text, len(made.answer().ids), len(made.answer().margins)) == ("hi", 2, 3)
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(make_base: Callable[..., Any], tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"eos_token": "<|endoftext|>"})
+    assert other.eos_token_id == 258
+    base = make_base("llama", other)
+    base.model.generation_config.eos_token_id = None
+    with Engine(base) as engine:
+        assert engine.eos == {257, 258}  # ChatML's end of a turn beside the tokenizer's own
+
+
+def test_a_special_token_stops_as_a_string_does(engine: Engine, tokenizer: Any) -> None:
+    ids = tokenizer("Hello")["input_ids"]
+    (free,) = engine.run([Request(ids=ids, max_new_tokens=9)])
+    special = copy.deepcopy(tokenizer)
+    mark = special.convert_ids_to_tokens(free.ids[3])
+    special.add_special_tokens({"additional_special_tokens": [mark]})
+    engine.model.base.tokenizer = special
+    (found,) = engine.run([Request(ids=ids, max_new_tokens=9, stop=(mark,))])
+    assert found.ids == free.ids[: free.ids.index(free.ids[3])]
+    assert found.finish_reason == "stop"
+
+
+def test_a_continuation_keeps_the_space_that_it_begins_with() -> None:
+    """Some decoders (Llama 2's) drop the space before a text's first token."""
+    words = {word: number for number, word in enumerate(("<unk>", "▁is", "▁Paris", "▁", "P"))}
+    inner = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    for raw, wanted in ((True, " Paris"), (False, "Paris")):
+        made = Row(Request(ids=(1,), raw=raw, max_new_tokens=1), [1], -1, frozenset(), tokenizer)
+        made.push(Choice(2, 1.0, None))
+        assert made.answer().text == wanted
 
 
 def test_chat_and_generate(engine: Engine, tokenizer: Any) -> None:

@@ -40,7 +40,7 @@ def attention_forward(
         raise InternalError("postil's attention was called outside a Layout")
     if attention_mask is not None:  # transformers makes none for our attention: the model has its own (Doge)
         raise BaseModelError(f"{type(module).__name__} masks keys in a way of its own, which a pack does not have")
-    owner.attention_calls += 1
+    owner.attention_calls[module.layer_idx] += 1
     layout = owner.layout
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     if layout.store is not None:

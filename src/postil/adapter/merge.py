@@ -170,6 +170,8 @@ def export_merged(
     Neither is quantised again; how far the result is from the adapter on the 4-bit base is in `from_nf4`.
     """
     check_vacant(directory)
+    if bound is not None and not bound >= 0:
+        raise AdapterError(f"the bound on a logit's difference is {bound:g}; give a number from 0")
     with _resident(target, adapter) as (model, names):
         _idle(model)
         weights = _weights(model, names)

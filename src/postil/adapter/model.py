@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -69,7 +70,7 @@ class AdaptedModel:
         self.spans_now: Spans | None = None
         self.checkpointing = False
         self.packs = True
-        self.attention_calls = 0
+        self.attention_calls: Counter[Any] = Counter()  # by layer, since they were last counted
         self.notes: list[str] = []
         self.detached = False
         self.merged: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -136,7 +137,7 @@ class AdaptedModel:
             module.__dict__.pop(OWNER, None)
         self.detached = True
         self.layout = self.spans_now = None
-        self.checkpointing, self.packs, self.attention_calls = False, True, 0
+        self.checkpointing, self.packs, self.attention_calls = False, True, Counter()
         self.merged.clear()
         self.active_before_merge.clear()
         self._forwards.clear()
@@ -327,6 +328,11 @@ class AdaptedModel:
         if self.spans_now is not None:
             return self.spans_now
         if self.layout is not None:
+            if rows != self.layout.tokens and self.layout.spans.items:
+                raise AdapterError(
+                    f"{type(self.model).__name__} gives an adapted module {rows} rows for {self.layout.tokens} "
+                    "tokens, so that whose they are is not known; leave such modules out of target_modules"
+                )
             return self.layout.spans
         return self.spans_for(self.active, rows)
 

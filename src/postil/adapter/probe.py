@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,18 +82,25 @@ def _alone(model: AdaptedModel, lengths: Sequence[int]) -> torch.Tensor:
 def _difference(model: AdaptedModel, lengths: Sequence[int], wanted: torch.Tensor) -> float:
     """How far postil's way is from `wanted`; infinitely where the model's code does not take it."""
     parts, device = (*lengths, REST), model.base.device
-    layout, model.attention_calls = Layout.packed(parts, before=[*[None] * len(lengths), 0]), 0
+    layout, model.attention_calls = Layout.packed(parts, before=[*[None] * len(lengths), 0]), Counter()
     positions = positions_of(parts, device)
     positions[-REST:] += lengths[0]
     try:
         with model.using(layout):
             hidden = model.hidden(_ids(model, parts), positions)
             found = model.logits(hidden, layout.spans).float()
-    except (TypeError, KeyError, ValueError):  # no positions taken, another attention call, a mask of its own
+    except (
+        TypeError,
+        KeyError,
+        ValueError,
+    ) as error:  # no positions taken, another attention call, a mask of its own
         if not model.packs:
-            raise
+            raise BaseModelError(
+                f"{type(model.model).__name__} does not run as a decoder through postil ({error}); this architecture "
+                "is not supported"
+            ) from error
         return math.inf
-    if model.packs and model.attention_calls == 0:
+    if model.packs and set(model.attention_calls.values()) != {1}:  # none, or twice a layer: one place for its keys
         return math.inf
     return _apart(found, wanted)
 

@@ -91,7 +91,7 @@ def merge(
         typer.Option(help="On a 4-bit base: original (the weights before) or dequantised (a dense copy)."),
     ] = None,
     bound: Annotated[
-        float | None, typer.Option(help="The most that rounding may move a logit (default: by the dtype).")
+        float | None, typer.Option(min=0, help="The most that rounding may move a logit (default: by the dtype).")
     ] = None,
     trust_remote_code: Code = False,
 ) -> None:

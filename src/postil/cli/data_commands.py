@@ -17,7 +17,7 @@ app = typer.Typer(help="Look at training data as the model will see it.", no_arg
 def show(
     data: Annotated[str, typer.Argument(help="A JSONL file (.gz and .zst too), Parquet, or a hub name.")],
     base: Annotated[str, typer.Option("--base", "-b", help="The base whose tokenizer and template apply.")],
-    rows: Annotated[int, typer.Option("--rows", "-n", help="How many samples to show.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many samples to show.")] = 3,
     format_: Annotated[str, typer.Option("--format", help="auto, chat, prompt, raw or text.")] = "auto",
     learn: Annotated[str, typer.Option(help="Which assistant turns are learned: all, last or weight.")] = "all",
     separator: Annotated[str | None, typer.Option(help="Stands between a raw prompt and its completion.")] = None,
@@ -40,7 +40,7 @@ def show(
     options = DataOptions.parse({key: value for key, value in given.items() if value is not None})
     tokenizer, context = tokenizer_of(base, trust_remote_code)
     dataset = load_data(data, tokenizer, options, context=context)
-    for panel in show_samples(dataset.samples[:rows], tokenizer):
+    for panel in show_samples(dataset.samples[:rows], tokenizer, marks=not console.out.is_terminal):
         console.out.print(panel)
     for line in dataset.report.lines():
         console.out.print(line, markup=False)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from postil.data.rows import once
 from postil.engine import Request
 from postil.errors import PostilError, RequestError
 from postil.settings import Settings
@@ -52,8 +53,8 @@ def read_requests(path: Path, defaults: dict[str, Any]) -> list[Request]:
 
 def _request(where: str, line: str, defaults: dict[str, Any]) -> Request:
     try:
-        value = json.loads(line)
-    except ValueError as error:
+        value = json.loads(line, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise RequestError(f'{where}: a request is an object such as {{"prompt": "Hello"}}')

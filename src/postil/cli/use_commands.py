@@ -69,14 +69,42 @@ def generate(
     asked = read_requests(requests, defaults) if requests is not None else []
     with _engine(base, adapter, registry, dtype, quant, device, force, trust_remote_code) as engine:
         if requests is not None:
-            for answer in engine.run(asked):
+            for answer in engine.run(_as_learned(engine, asked)):
                 fields = {"text": answer.text, "adapter": answer.adapter, "finish_reason": answer.finish_reason,
                           "prompt_tokens": answer.prompt_tokens, "new_tokens": len(answer.ids)}  # fmt: skip
                 typer.echo(json.dumps(fields, ensure_ascii=False))
             return
         one = Request(prompt=prompt, adapter=_only(engine), raw=raw, max_new_tokens=max_new_tokens,
                       temperature=temperature, seed=seed)  # fmt: skip
-        _print_stream(engine, one)
+        _print_stream(engine, *_as_learned(engine, [one]))
+
+
+def _as_learned(engine: Engine, asked: list[Request]) -> list[Request]:
+    """The prompts as their adapters saw them while learning: where rows were plain text, with the separator after."""
+    marks = {name: _separator(resident.card) for name, resident in engine.model.residents.items()}
+    out, told = [], set[str | None]()
+    for request in asked:
+        mark, prompt = marks.get(request.adapter or ""), request.prompt
+        if mark is None or prompt is None or (request.raw and prompt.endswith(mark)):
+            out.append(request)
+            continue
+        if request.adapter not in told:
+            told.add(request.adapter)
+            how = "leave --raw out, and it is put there" if request.raw else "so it is asked, with no chat template"
+            console.note(f"{request.adapter} learned plain text, {mark!r} between prompt and completion: {how}")
+        ended = prompt if prompt.endswith(mark) else prompt + mark
+        out.append(request if request.raw else replace(request, prompt=ended, raw=True))
+    return out
+
+
+def _separator(card: Mapping[str, Any]) -> str | None:
+    """What stood between prompt and completion in the rows of an adapter that learned plain text; None for others."""
+    recipe, data = card.get("recipe"), card.get("data")
+    rows = recipe.get("rows") if isinstance(recipe, dict) else None
+    if not isinstance(rows, dict) or not isinstance(rows.get("separator"), str):
+        return None
+    format_ = data.get("format") if isinstance(data, dict) else None
+    return rows["separator"] if (format_ or rows.get("format")) == "raw" else None
 
 
 def chat(

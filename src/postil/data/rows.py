@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postil.errors import DataError, nearest
+from postil.errors import DataError, listed, nearest
 
 MAX_LINE = 64 << 20  # bytes; a longer line is refused by name
 _CHUNK = 1 << 20  # bytes read at once
@@ -170,7 +170,7 @@ def _parse_line(number: int, line: bytes) -> Row | BadRow:
             what = "the file is UTF-16; save it as UTF-8"
         return BadRow(number, what, line.decode("utf-8", errors="backslashreplace"))
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=once)
     except json.JSONDecodeError as problem:
         if text.strip() == "[":
             return BadRow(number, "a JSON array; name the file .json, or write one object a line", text)
@@ -184,6 +184,15 @@ def _parse_line(number: int, line: bytes) -> Row | BadRow:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's mapping, for json.loads. Raises ValueError for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found
 
 
 def _kind(value: object) -> str:
@@ -201,7 +210,9 @@ def _starts_array(path: Path) -> bool:
 
 def _array_rows(path: Path) -> Iterator[Row | BadRow]:
     try:
-        values = json.loads(b"".join(_chunks(path)).decode("utf-8-sig"), parse_constant=_no_constant)
+        values = json.loads(
+            b"".join(_chunks(path)).decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=once
+        )
     except json.JSONDecodeError as problem:
         raise DataError(f"{path}:{problem.lineno}: not JSON ({problem.msg}, column {problem.colno}).") from None
     except (ValueError, RecursionError) as problem:
@@ -223,12 +234,33 @@ def _parquet_rows(path: Path) -> Iterator[Row | BadRow]:
     number = 0
     try:
         with parquet.ParquetFile(path) as handle:
+            names = handle.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise DataError(f"{path} has two columns named {listed(twice)}; write it with one of each.")
             for batch in handle.iter_batches():
-                for value in batch.to_pylist():
+                for value in _plain_rows(batch, path):
                     number += 1
                     yield Row(number, _without_nulls(value))
     except (arrow.ArrowException, OSError) as problem:
         raise DataError(f"{path} is no readable Parquet file ({problem}).") from None
+
+
+def _plain_rows(batch: Any, path: Path) -> list[dict[str, Any]]:
+    """The rows of a batch as Python values. Raises DataError that names a column whose values are none."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):  # text that is not UTF-8, times out of range, an unknown zone
+        for name in batch.schema.names:
+            try:
+                batch.column(name).to_pylist()
+            except (ValueError, OverflowError, LookupError) as problem:
+                raise DataError(
+                    f"{path}: the column {name!r} holds what cannot be read ({problem}); mend it, or write the file "
+                    "without it."
+                ) from None
+        raise
+    return rows
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Iterator[Row | BadRow]:

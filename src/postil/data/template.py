@@ -19,6 +19,7 @@ BLOCK_TAIL = (
     "Where no tool fits, answer in words."
 )
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+_ANSWER = "Yes, 7 of them."
 RESULT_OPEN, RESULT_CLOSE = "<tool_response>", "</tool_response>"
 
 # Templates that print today's date (Llama 3.1 and later) would give other tokens every day.
@@ -67,6 +68,20 @@ def render_checked(
     if block not in text:
         raise DataError("the chat template prints the tool definitions nowhere; give the base another template")
     return text
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an assistant's turn; None where there is none."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        _, found, tail = render(turns, tokenizer).rpartition(_ANSWER)
+    except DataError:
+        return None
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in ids if token in special), None)
 
 
 def template_source(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:

@@ -150,14 +150,15 @@ class OneByOne:
     def step(self) -> None:
         """One forward pass of the first unfinished row."""
         row = self.waiting[0]
-        ids = torch.tensor([row.ids[-1:] or row.prompt], device=self.model.base.device)
+        new = row.ids[-1:] if self.cache is not None else []  # without a cache, all of it again
+        ids = torch.tensor([new or [*row.prompt, *row.ids]], device=self.model.base.device)
         before = self.model.active
         self.model.activate(*([row.request.adapter] if row.request.adapter is not None else []))
         try:
             out = self.model.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.options)
         finally:
             self.model.active = before
-        self.cache = out.past_key_values
+        self.cache = getattr(out, "past_key_values", None)
         _advance([row], out.logits[0, -1:])
         if row.finish:
             self.waiting.popleft()

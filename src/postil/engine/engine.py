@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from postil.adapter import AdaptedModel, Adapter, attach, detach
 from postil.base import Base
+from postil.data.template import end_of_turn
 from postil.engine.batch import Batch, OneByOne
 from postil.engine.request import Answer, Request, check_request, prompt_ids
 from postil.engine.row import Row
@@ -130,7 +131,9 @@ class Engine:
         if request.stop and base.tokenizer is None:
             raise RequestError(f"{request.called(number)} has stop strings, but the base has no tokenizer")
         slot = -1 if request.adapter is None else self.model.resident(request.adapter).slot
-        return Row(request, ids, slot, self.eos, base.tokenizer, streams)
+        return Row(
+            request, ids, slot, self.eos.union(_special(base.tokenizer, request.stop)), base.tokenizer, streams
+        )
 
     def _work(self, rows: Sequence[Row]) -> Batch | OneByOne:
         if self.model.packs:
@@ -143,12 +146,17 @@ class Engine:
 
 
 def eos_ids(model: AdaptedModel) -> frozenset[int]:
-    """Every token that ends an answer: those of the generation config and the tokenizer's own."""
-    found: set[int] = set()
+    """Every token that ends an answer: those of the generation config, the tokenizer's own, and the one with which
+    the chat template ends an assistant's turn, as training learned it."""
+    tokenizer = model.base.tokenizer
     own = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
-    if own is not None:
-        found.update([own] if isinstance(own, int) else own)
-    own = getattr(model.base.tokenizer, "eos_token_id", None)
-    if own is not None:
-        found.add(own)
-    return frozenset(found)
+    found = {own} if own is None or isinstance(own, int) else set(own)
+    found |= {getattr(tokenizer, "eos_token_id", None), end_of_turn(tokenizer)}
+    return frozenset(token for token in found if token is not None)
+
+
+def _special(tokenizer: Any, strings: Sequence[str]) -> Iterator[int]:
+    """The special tokens among these strings, which no decoded text shows."""
+    if strings:
+        known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        yield from (known[one] for one in strings if one in known)

@@ -93,7 +93,10 @@ def _text_of(request: Request, number: int, tokenizer: Any) -> str:
     if request.raw:
         raise RequestError(f"{request.called(number)} is a conversation and raw: give a prompt, or leave raw out")
     if not tokenizer.chat_template:
-        raise RequestError(f"{request.called(number)}: the base has no chat template; give a prompt with raw=True")
+        raise RequestError(
+            f"{request.called(number)}: the base has no chat template; give plain text to go on from, "
+            "with raw=True (--raw)"
+        )
     messages = request.messages or [{"role": "user", "content": request.prompt}]
     return render(messages, tokenizer, tools=request.tools, add_generation_prompt=True)
 

@@ -59,10 +59,18 @@ class Row:
             self._read()
 
     def _read(self) -> None:
-        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.text = self._decoded(self.ids)
+        if self.request.raw:  # after its prompt, as some decoders drop the space before a text's first token
+            before = self._decoded(self.prompt[-1:])
+            whole = self._decoded([*self.prompt[-1:], *self.ids])
+            self.text = whole.removeprefix(before) if whole.startswith(before) else self.text
         found = [at for stop in self.request.stop if (at := self.text.find(stop)) >= 0]
         if found:
             self.text, self.finish = self.text[: min(found)], "stop"
+
+    def _decoded(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def piece(self) -> str:
         """The text that is new and certain: no half character, nothing that may turn out a stop string."""

@@ -19,7 +19,7 @@ from postil.kernels.dense import instructions
 
 Value = TypeVar("Value")
 
-_FORMAT = "4"  # of the values kept
+_FORMAT = "5"  # of the values kept
 _VERSIONS = ("postil", "torch", "transformers")
 
 

@@ -72,7 +72,7 @@ class Target:
         """A question's tokens asked of an adapter or of the base, greedily, within the base's context."""
         room = math.inf if context is None else context - len(ids)
         most = int(min(self.max_new_tokens, room))
-        return Request(ids=ids, adapter=adapter, max_new_tokens=most, stop=self.stop)
+        return Request(ids=ids, adapter=adapter, max_new_tokens=most, stop=self.stop, raw=self.format == "raw")
 
 
 @dataclass(slots=True)

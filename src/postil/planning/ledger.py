@@ -30,7 +30,8 @@ class Ledger:
     """Live bytes by part, and per part of the step the state in which most memory was taken.
 
     heap: whether the process's heap keeps what is freed (glibc, on the CPU); what it holds beyond the live tensors,
-    and what the process takes besides, is then part "slack" of a peak. peaks: part → live bytes by part at the moment when most was taken within it.
+    and what the process takes besides, is then part "slack" of a peak. peaks: part → live bytes by part at the moment
+    when most was taken within it.
     """
 
     heap: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -227,13 +228,13 @@ def _entering(ledger: Ledger) -> Callable[[torch.Tensor], None]:
 def _takes_packs(model: AdaptedModel) -> bool:
     """Whether the architecture runs over a pack with our attention (the probe of `attach`, without its numbers)."""
     ids = torch.zeros(sum(TRIED), dtype=torch.int64, device=model.base.device)
-    model.attention_calls = 0
+    model.attention_calls = Counter()
     try:
         with torch.no_grad(), model.using(Layout.packed(TRIED)):
             model.hidden(ids, ids.clone())
     except (TypeError, KeyError, ValueError):  # as in adapter/probe.py
         return False
-    return model.attention_calls > 0
+    return set(model.attention_calls.values()) == {1}
 
 
 def _with_fused_attention(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

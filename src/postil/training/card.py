@@ -44,6 +44,7 @@ def card_of(
         "recipe": dict(recipe),
         "data": {
             "sha256": _digest(data),
+            "format": data.report.format if isinstance(data, Dataset) else None,
             "samples": samples,
             "held_out": held_out_samples,
             "held_out_sha256": _digest(held_out),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import filelock
 import yaml
 
-from postil.errors import RecipeError, RunError, StorageError, listed
+from postil.errors import PostilError, RecipeError, RunError, StorageError, listed
 from postil.files import remove_leftovers, write_text
 
 RECIPE = "recipe.yaml"
@@ -69,26 +69,29 @@ def only_trainer(directory: Path | None) -> Iterator[None]:
         raise RunError(f"another process is training in {directory}; wait for it or choose another --out") from None
 
 
-def keep_recipe(out: Path, fields: dict[str, Any], normal: dict[str, Any] | None) -> None:
+def keep_recipe(out: Path, fields: dict[str, Any], normal: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Put a run's recipe (`fields`, every key) into its directory, or find it there.
 
-    normal: what recipe.yaml, where there is one, comes to with every key; None where it is no recipe. One that was
-    written by hand is left as it is. Raises RunError where a run with checkpoints, or a hand-written file, says
-    otherwise.
+    normal: makes of a recipe's mapping the one with every key, or raises RecipeError. A recipe.yaml that was written
+    by hand is left as it is. Raises RunError where a run with checkpoints, or a hand-written file, says otherwise.
     """
     kept = out / RECIPE
     if kept.is_file():
-        if normal == fields:
+        before, fault = None, ""
+        try:
+            before = normal(read_recipe(kept))
+        except PostilError as error:
+            fault = f": {error}"
+        if before == fields:
             return
+        said = fault if before is None else _differing(before, fields)
         if any((out / "checkpoints").glob("step-*")):
             raise RunError(
-                f"{out} holds a run of another recipe{_differing(normal, fields)}; choose another --out or remove "
-                "that directory"
+                f"{out} holds a run of another recipe{said}; choose another --out or remove that directory"
             )
-        if normal is None or kept.read_text(encoding="utf-8") != _text(normal):
+        if before is None or kept.read_text(encoding="utf-8") != _text(before):
             raise RunError(
-                f"{kept} is not of this run{_differing(normal, fields)} and is not overwritten; change it there, or "
-                "choose another --out"
+                f"{kept} is not this run's{said}; it is not overwritten: change it there, or choose another --out"
             )
     write_text(kept, _text(fields))
 
@@ -97,10 +100,8 @@ def _text(fields: dict[str, Any]) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
-def _differing(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """Which keys a run's recipe has otherwise, with both values; nothing where its file is no recipe."""
-    if before is None:
-        return ""
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which keys a run's recipe has otherwise, with both values."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
     return f" ({listed([f'{key}: {old.get(key)} there, {new.get(key)} here' for key in keys])})"

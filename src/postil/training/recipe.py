@@ -22,7 +22,7 @@ from postil.errors import PostilError, RecipeError
 from postil.files import atomic_directory, write_json
 from postil.settings import Settings
 from postil.training.card import card_of
-from postil.training.directory import RECIPE, check_foreign, keep_recipe, only_trainer, read_recipe, read_yaml
+from postil.training.directory import check_foreign, keep_recipe, only_trainer, read_yaml
 from postil.training.general import check_general, split_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import TrainOptions
@@ -157,7 +157,7 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
     fields = recipe.model_dump(mode="json")
     check_foreign(out)
     with only_trainer(out):
-        keep_recipe(out, fields, _normal(out / RECIPE, fields))
+        keep_recipe(out, fields, lambda values: Recipe.parse(values).model_dump(mode="json"))
         outcome = run(
             job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
             options=recipe.training, watch=watch, tell=tell,
@@ -178,15 +178,6 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
             )  # fmt: skip
             save_adapter(adapter, out / "adapter")
     return outcome
-
-
-def _normal(file: Path, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """What a recipe's file comes to with every key, what a flag may name taken from `fields`; None for no recipe."""
-    try:
-        values = {key: fields[key] for key in ("base", "data", "out")} | read_recipe(file)
-        return Recipe(**values).model_dump(mode="json")
-    except PostilError:
-        return None
 
 
 def _holds_adapter(directory: Path, adapter: Adapter) -> bool:

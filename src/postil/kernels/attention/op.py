@@ -19,14 +19,14 @@ SMALL_MASK = 2**15  # bytes of a mask that is kept: at most 16 MiB of them
 def attention(
     q: Float[torch.Tensor, "tokens heads dim"],
     k: Float[torch.Tensor, "keys kv_heads dim"],
-    v: Float[torch.Tensor, "keys kv_heads dim"],
+    v: Float[torch.Tensor, "keys kv_heads value_dim"],
     segments: Sequence[Segment],
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[torch.Tensor, " heads"] | None = None,
-) -> Float[torch.Tensor, "tokens heads dim"]:
+) -> Float[torch.Tensor, "tokens heads value_dim"]:
     """softmax(cap(scale q k^T) + mask) v per segment; same signature and result as the reference.
 
     window: a query sees itself and the window-1 keys before it (None: all before it). softcap: scores become
@@ -50,7 +50,7 @@ def attention(
             outputs.append(
                 attention_reference(q, k, v, [block], scale=scale, window=window, softcap=softcap, sinks=sinks)
             )
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    return torch.cat(outputs) if outputs else q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
 def _whole_pack(segments: Sequence[Segment], queries: int, keys: int) -> bool:
@@ -181,7 +181,7 @@ def _decode(
     scores = torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float() * scale  # [batch, kv, group, longest]
     scores.masked_fill_(hide[:, None, None, :], float("-inf"))
     weights = scores.softmax(-1).to(v.dtype)  # exactly 0 where hidden
-    return torch.matmul(weights, values.transpose(1, 2)).reshape(batch, heads, dim)
+    return torch.matmul(weights, values.transpose(1, 2)).reshape(batch, heads, -1)
 
 
 def _batched_rows(x: torch.Tensor, segments: Sequence[Segment], longest: int) -> torch.Tensor:
