@@ -23,6 +23,7 @@ from main_job import machine
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.adapter.shrink import shrink
 from postil.base import load_base
+from postil.errors import RunError
 from postil.files import write_json, write_text
 from postil.judging.judge import judge
 from postil.judging.options import JudgeOptions
@@ -90,6 +91,13 @@ def costs(log: Path) -> dict[str, float]:
     }
 
 
+def looks(log: Path) -> list[dict[str, float]]:
+    """What the guard saw at each validation."""
+    steps = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    kept = ("step", "valid_loss", "general_rise", "general_kl")
+    return [{key: step[key] for key in kept if key in step} for step in steps if "general_rise" in step]
+
+
 def shrunk(plan: dict[str, Any], place: Path, out: Path, name: str) -> dict[str, Any]:
     """Cut the ranks of another run of the set; how far its ΔW moved."""
     other = out / Path(name).parent / plan["shrink"]["of"] / "run/adapter"
@@ -108,7 +116,14 @@ def run(name: str, data: Path, out: Path) -> None:
     training = laid(place / "train.jsonl", rows_of(data / plan["train"], plan.get("train_rows")))
     target = laid(place / "test.jsonl", questions(rows_of(data / plan["test"], plan.get("test_rows"))))
     began = time.perf_counter()
-    done = shrunk(plan, place, out, name) if "shrink" in plan else trained(plan, place, data, training)
+    try:
+        done = shrunk(plan, place, out, name) if "shrink" in plan else trained(plan, place, data, training)
+    except RunError as refusal:  # the guard found no state to keep: that is a result too
+        log = place / "run/log.jsonl"
+        write_json(HERE / f"{name}.json", within({"experiment": plan, "refused": str(refusal), "looks": looks(log),
+                                                  "costs": costs(log), "machine": machine()}, data, out))  # fmt: skip
+        print(name, refusal)
+        return
     seconds = time.perf_counter() - began
     recipe = Recipe.parse(plan["recipe"] | {"data": training, "out": str(place / "run")})
     method = recipe.training.method

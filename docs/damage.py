@@ -16,15 +16,17 @@ def picture(folder: Path) -> str:
     """SVG of the set's runs that have a result: general nats lost per token along, the target's gain up."""
     points = []
     for path in sorted(folder.glob("*.json")):
-        card = json.loads(path.read_text(encoding="utf-8"))["card"]
+        card = json.loads(path.read_text(encoding="utf-8")).get("card")
+        if card is None:  # refused by its guard
+            continue
         gain, loss = (
             part["measures"][part["main"]]["difference"] for part in (card["target"], card["general"]["nats"])
         )
-        points.append((path.stem, loss, gain))
+        points.append((path.stem, loss, gain, card["target"]["main"]))
     if not points:
         return ""
-    across = [end for _, loss, _ in points for end in (loss["low"], loss["high"], 0.0)]
-    up = [end for _, _, gain in points for end in (gain["low"], gain["high"])]
+    across = [end for _, loss, _, _ in points for end in (loss["low"], loss["high"], 0.0)]
+    up = [end for _, _, gain, _ in points for end in (gain["low"], gain["high"])]
     left, right, low, high = (f(ends) for ends in (across, up) for f in (min, max))
 
     def x(value: float) -> float:
@@ -42,9 +44,9 @@ def picture(folder: Path) -> str:
     parts.append(
         f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{EDGE}" y2="{HEIGHT - FOOT}" stroke="#333" opacity=".3"/>'
     )
-    for name, loss, gain in points:
+    for name, loss, gain, _ in points:
         parts.append(_cross(name, x, y, loss, gain))
-    metric = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))["card"]["target"]["main"]
+    metric = points[0][3]
     parts.append(_text(WIDTH - EDGE, HEIGHT - 6, "general nats per token, over the base's: left is better", "end"))
     parts.append(_text(LEFT, HEIGHT - 6, f"{metric} over the base's: up is better", "start"))
     return (

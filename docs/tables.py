@@ -94,6 +94,8 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
         for line in (folder / "common.yaml").read_text(encoding="utf-8").splitlines()
         if line.startswith("#")
     ]
+    refused = {name: result for name, result in results.items() if "refused" in result}
+    results = {name: result for name, result in results.items() if name not in refused}
     first = next(iter(results.values()))["card"]
     columns = [("target", name) for name in first["target"]["measures"]]
     columns += [(part, name) for part, one in first["general"].items() for name in one["measures"]]
@@ -123,6 +125,12 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
         gain = main["adapter"]["value"] - max(main["base"]["value"], best_few)
         rows.append([name, *(shown(cell) if cell else "" for cell in cells), f"{gain:+.1f}", main["verdict"],
                      cost(result)])  # fmt: skip
+    for name, result in refused.items():
+        rises = sorted(look["general_rise"] for look in result["looks"])
+        told = (
+            f"no note: {len(rises)} states measured, {rises[0]:+.3f} to {rises[-1]:+.3f} nats, none within the guard"
+        )
+        rows.append([name, told, *[""] * len(columns), "refused", cost(result)])
     heads = ["run", *(f"{part} {name}" if part != name else part for part, name in columns),
              f"{first['target']['main']} over the better base", "target", "seconds"]  # fmt: skip
     shown_in = f"![Gain against damage](img/{folder.name}.svg)"
