@@ -38,8 +38,8 @@ class Lane:
     def open(cls, plan: Plan, threads: int) -> Lane:
         """Start it; the base is opened before the first job."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "postil.demo.lanes"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            encoding="utf-8", start_new_session=True, env=KEPT | os.environ,
+            [sys.executable, "-c", "from postil.demo.lanes import main; main()"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True, env=KEPT | os.environ,
         )  # fmt: skip
         lane = cls(process)
         lane._send([asdict(plan) | {"out": str(plan.out)}, threads])
@@ -143,7 +143,3 @@ def main() -> None:
         tell("error", str(error))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone
-
-
-if __name__ == "__main__":
-    main()
