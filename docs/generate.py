@@ -15,6 +15,7 @@ from pathlib import Path
 
 import typer
 from damage import picture
+from pydantic import BaseModel
 from tables import benches, evidence, main_job
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,48 @@ def described_parameter(parameter: object) -> str:
     return entry + (f" (default `{default}`)" if told else " (required)" if parameter.required else "")
 
 
-PARTS = {"commands": commands, "tree": tree, "main_job": main_job, "evidence": evidence, "benches": benches}
+def keys() -> str:
+    """Every key of a recipe and of a judging's settings: its class's words, then the defaults."""
+    from postil.adapter import LoraConfig
+    from postil.data import DataOptions
+    from postil.judging.options import GeneralOptions, HarnessOptions, JudgeOptions, LeakageOptions
+    from postil.training import Recipe, TrainOptions
+
+    places = {
+        "a recipe": Recipe, "`training`": TrainOptions, "`lora`": LoraConfig, "`rows`": DataOptions,
+        "`postil judge --set`": JudgeOptions, "its `general`": GeneralOptions, "its `leakage`": LeakageOptions,
+        "its `lm_eval`": HarnessOptions,
+    }  # fmt: skip
+    return "\n".join(line for name, kind in places.items() for line in described_keys(name, kind))
+
+
+def described_keys(name: str, kind: type) -> Iterator[str]:
+    """Markdown lines of one group of keys."""
+    yield f"## Keys of {name}\n"
+    yield inspect.cleandoc(kind.__doc__ or "") + "\n"
+    told = []
+    for key, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        inner = isinstance(default, BaseModel) or field.is_required()
+        told.append(f"`{key}`" if inner else f"`{key}: {plain(default)}`")
+    yield ", ".join(told) + "\n"
+
+
+def plain(value: object) -> str:
+    """A default as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(map(plain, value))}]" if isinstance(value, tuple) else str(value).replace("\n", "\\n")
+
+
+PARTS = {
+    "keys": keys,
+    "commands": commands,
+    "tree": tree,
+    "main_job": main_job,
+    "evidence": evidence,
+    "benches": benches,
+}
 
 
 def refreshed(text: str) -> str:

@@ -45,6 +45,12 @@ def test_shrink_measures_what_it_changed(postil: Any, adapter: Path, base: Path,
     assert small.card["shrunk"]["measured"]["target"]["rows"] == 20
 
 
+def test_a_rank_above_the_adapters_is_said(postil: Any, adapter: Path, tmp_path: Path) -> None:
+    done = postil("shrink", adapter, "--rank", "16", "--out", tmp_path / "same")
+    assert done.code == 0
+    assert "--rank 16 is above every rank of this adapter, and a rank never grows: nothing was cut" in done.err
+
+
 def test_shrink_by_energy(postil: Any, adapter: Path, tmp_path: Path) -> None:
     done = postil("shrink", adapter, "--keep", "99%", "--out", tmp_path / "small")
     assert done.code == 0, done

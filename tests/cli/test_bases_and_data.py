@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def test_commands_and_help(postil: Any, refusal: Any) -> None:
     assert refusal("trian") == "No such command 'trian' (did you mean 'train'?)"
     assert refusal("adapters", "dif") == "No such command 'dif' (did you mean 'diff'?)"
     assert refusal("merge", "x", "--base", "y") == "Missing option '--out' / '-o' (see postil merge --help)"
+    assert postil("--version").out == f"{version('postil')}\n"
     result = postil("--help")
     assert result.code == 0
     for name in ("train", "generate", "chat", "inspect", "merge", "convert", "doctor", "base", "data", "adapters"):

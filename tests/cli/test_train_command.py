@@ -375,6 +375,10 @@ def test_data_that_is_not_there(refusal: Any, train: Any, rows: Path, tmp_path: 
             ["--set", "lora.target_modules=[q_porj]"],
             "'q_porj' matches no module of this llama model (did you mean 'q_p",
         ),
+        (
+            ["--set", "lora.target_modules=q_proj,v_proj"],
+            "'q_proj,v_proj' alone is a pattern for whole module paths; names stand in a list: [q_proj, v_proj]",
+        ),
         (["--set", "lora.target_modules=q_porj"], "the pattern 'q_porj' matches no whole module path (did you mean"),
         (["--set", "dtype=float3"], "'float3' is no dtype for a base (did you mean 'float32'?)"),
         (["--set", "device=cdua"], "'cdua' is no device (did you mean 'cuda'?)"),

@@ -81,6 +81,15 @@ def test_an_effect_as_large_as_detectable_is_shown_in_80_of_100_sets() -> None:
     assert 0.7 <= np.mean(shown) <= 0.9
 
 
+@pytest.mark.parametrize("rows", [2, 5, 6, 10])
+def test_few_rows_never_promise_more_than_their_interval(rows: int) -> None:
+    random = np.random.default_rng(rows)
+    for _ in range(20):
+        found = compare(NATS, *pair(random, rows, 0))
+        assert found.too_few == (rows < 6)  # whose interval always holds zero
+        assert found.too_few or found.detectable >= 0.9 * (found.difference.high - found.difference.low) / 2
+
+
 def test_verdicts_follow_what_is_better() -> None:
     base, adapter = pair(np.random.default_rng(3), 80, 1.0)
     assert compare(POINTS, base, adapter).verdict == "better"

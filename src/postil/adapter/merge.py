@@ -215,7 +215,9 @@ def _export_from_nf4(
     else:
         given = "" if into is None else f", not {into!r}"
         choice = INTO if _dense_somewhere(model.base) else f"{DEQUANTISED}, since its files are in 4 bits too"
-        raise AdapterError(f"the base is held in 4 bits: say what to merge into, with {choice}{given}")
+        raise AdapterError(
+            f"the adapter lies on a base in 4 bits, as it was trained: say what to merge into, with {choice}{given}"
+        )
     dense = attach(base)
     try:
         for name in weights:

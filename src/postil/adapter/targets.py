@@ -196,6 +196,12 @@ def _chosen(model: PreTrainedModel, config: LoraConfig, modules: dict[str, nn.Mo
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted not in (ATTENTION, FEED_FORWARD, ALL_LINEAR):
         found = [path for path in modules if path and re.fullmatch(wanted, path)]
+        named = [name.strip() for name in wanted.split(",")]
+        if not found and not {*named} - {*_linear_names(model), ATTENTION, FEED_FORWARD, ALL_LINEAR}:
+            raise AdapterError(
+                f"target_modules: {wanted!r} alone is a pattern for whole module paths; names stand in a list: "
+                f"[{', '.join(named)}]"
+            )
         if not found:
             raise AdapterError(
                 f"target_modules: the pattern {wanted!r} matches no whole module path"

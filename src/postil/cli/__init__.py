@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +41,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("postil"))
+        raise typer.Exit
+
+
+@app.callback()
+def _first(
+    _asked: Annotated[
+        bool, typer.Option("--version", help="Say the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One frozen base, many notes: train, keep and use LoRA adapters on large language models."""
+
+
 app.add_typer(base_commands.app, name="base")
 app.add_typer(data_commands.app, name="data")
 app.add_typer(adapter_commands.adapters, name="adapters")

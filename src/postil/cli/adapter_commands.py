@@ -64,7 +64,7 @@ def diff(first: Directory, second: Annotated[Path, typer.Argument(help="Another 
     lines += [f"only in the second: {key}" for key in b.tensors if key not in a.tensors]
     changed = 0
     squared = size = 0.0
-    for key in a.tensors.keys() & b.tensors.keys():
+    for key in sorted(a.tensors.keys() & b.tensors.keys()):
         x, y = a.tensors[key].float(), b.tensors[key].float()
         if x.shape != y.shape:
             lines.append(f"{key}: shape {list(x.shape)} | {list(y.shape)}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from postil import console
+from postil.cli.tables import print_table
 
 app = typer.Typer(help="The small known bases, and the facts of any model directory.", no_args_is_help=True)
 
@@ -28,17 +29,13 @@ def list_() -> None:
 
     Example: postil base list
     """
-    from rich.table import Column, Table
-
     from postil.base import list_entries
 
-    entries = list_entries()
-    width = max(len(entry["name"]) for entry in entries)
-    table = Table(Column("name", min_width=width), "here", "parameters", "licence", "what", box=None)
-    for entry in entries:
+    rows = [["name", "here", "parameters", "licence", "what"]]
+    for entry in list_entries():
         here = "yes" if entry["present"] else "no"
-        table.add_row(entry["name"], here, f"{entry['parameters']:,}", entry["licence"], entry["summary"])
-    console.out.print(table)
+        rows.append([entry["name"], here, f"{entry['parameters']:,}", entry["licence"], entry["summary"]])
+    print_table(rows, right=(2,))
 
 
 @app.command()

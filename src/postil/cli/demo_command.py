@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postil import console
+from postil.cli.tables import print_table
 
 if TYPE_CHECKING:
     from postil.demo import Demo
@@ -44,19 +45,18 @@ def demo(
 
 
 def _print(result: Demo) -> None:
-    from rich.table import Table
-
-    table = Table("team", "measure", "base", "note", "nats base", "nats note", "general text", "verdict", box=None)
+    rows = [["team", "measure", "base", "note", "nats base", "nats note", "general text", "verdict"]]
     for team in result.teams:
-        table.add_row(
+        rows.append([
             team.team.name, team.team.measure, f"{team.base_score:.1f}", f"{team.score:.1f}", f"{team.base_loss:.2f}",
             f"{team.loss:.2f}",
             f"{team.general - result.base_general:+.3f}", "better" if team.better else "no evidence",
-        )  # fmt: skip
-    console.out.print(table)
+        ])  # fmt: skip
+    print_table(rows, right=range(2, 7))
     same = "unchanged" if result.digest_before == result.digest_after else "CHANGED"
     console.out.print(
         f"{result.batch_rows} requests of three adapters and the bare base in one run: {result.batch_seconds:.0f} s; "
-        f"the base's live tensors are {same}; {result.seconds:.0f} s in all"
+        f"the base's live tensors are {same}; {result.seconds:.0f} s in all",
+        soft_wrap=True,
     )
     console.out.print(f"report: {result.report}", soft_wrap=True)

@@ -162,6 +162,7 @@ def _facts(version: Version) -> dict[str, str]:
         if m is not None:
             facts[path] = (
                 f"{m.metric} {m.base.value:.4g} → {m.adapter.value:.4g} {m.unit}, "
-                f"difference {m.difference.value:.3g} [{m.difference.low:.3g}, {m.difference.high:.3g}]: {m.verdict}"
+                f"difference {m.difference.value:.3g} [{m.difference.low:.3g}, {m.difference.high:.3g}]"
+                f"{': ' if m.told else ''}{m.told}"
             )
     return facts

@@ -56,6 +56,8 @@ def shrink(
             name: one.model_dump(mode="json") for name, one in measured.items()
         }
     save_adapter(found.adapter, out)
+    if rank is not None and rank > max(pair[0] for pair in found.ranks.values()):
+        console.warn(f"--rank {rank} is above every rank of this adapter, and a rank never grows: nothing was cut")
     _print(found, before.parameters, measured)
     console.out.print(str(out), soft_wrap=True)
 

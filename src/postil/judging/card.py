@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -21,6 +22,11 @@ class Estimate(Settings):
     value: float
     low: float
     high: float
+
+
+def rows_needed(level: float) -> int:
+    """The fewest rows, all changed the same way, that a two-sided sign test finds telling: 2 · 0.5^m ≤ 1 - level."""
+    return math.ceil(math.log2(2 / (1 - level)) - 1e-9)
 
 
 class Comparison(Settings):
@@ -48,8 +54,9 @@ class Comparison(Settings):
 
     @property
     def too_few(self) -> bool:
-        """Whether so few rows could have shown no difference at all: a share cannot differ by more than 100%."""
-        return self.unit == "%" and self.detectable > 100
+        """Whether so few rows could have shown no difference at all: fewer than a sign test needs, or of a share more
+        than 100%."""
+        return self.rows < rows_needed(self.level) or (self.unit == "%" and self.detectable > 100)
 
     @property
     def reach(self) -> str:

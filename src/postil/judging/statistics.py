@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postil.errors import JudgeError
-from postil.judging.card import Comparison, Estimate, Verdict
+from postil.judging.card import Comparison, Estimate, Verdict, rows_needed
 from postil.judging.metric import Metric, Statistics
 from postil.seeds import derive
 
@@ -72,7 +72,7 @@ def compare(
     after = _estimate(metric, adapter, drawn_adapter, level)
     gap = after.value - before.value
     low, high = _interval(gap, drawn_adapter - drawn_base, level, rows)
-    needed = _rows_needed(level)
+    needed = rows_needed(level)
     if int((base != adapter).any(axis=1).sum()) < needed:
         low, high = min(low, 0.0), max(high, 0.0)
     return Comparison(
@@ -97,28 +97,24 @@ def verdict(metric: Metric, low: float, high: float) -> Verdict:
 
 
 def _detectable(metric: Metric, gap: float, base: Values, adapter: Values, rows: int, level: float) -> float:
-    """(z_{1-a/2} + z_{0.8}) · standard error of the difference, at least what the fewest telling rows would make.
+    """(t_{1-a/2, n-1} + z_{0.8}) · standard error of the difference, at least what the fewest telling rows make.
 
     Where the two do not differ by row, their paired spread is unknown; then each one's own spread stands in for it.
     The floor for a share in percent is the step of as many rows as a sign test needs.
     """
     normal = NormalDist()
-    factor = normal.inv_cdf(1 - (1 - level) / 2) + normal.inv_cdf(POWER)
+    telling = normal.inv_cdf(1 - (1 - level) / 2)
+    factor = (_student(telling, rows - 1) if rows > 1 else telling) + normal.inv_cdf(POWER)
     error = _error(adapter - base, rows)
     if error == 0:
         error = math.hypot(_error(base, rows), _error(adapter, rows))
     step = 100.0 if metric.unit == "%" else abs(gap) if error == 0 else 0.0
-    return max(factor * error, step * _rows_needed(level) / rows)
+    return max(factor * error, step * rows_needed(level) / rows)
 
 
 def _error(drawn: Values, rows: int) -> float:
     """The standard error that resamples show; drawing with replacement shrinks it by sqrt((n - 1) / n)."""
     return float(drawn.std()) * math.sqrt(rows / max(rows - 1, 1))
-
-
-def _rows_needed(level: float) -> int:
-    """The fewest rows, all changed the same way, that a two-sided sign test finds telling: 2 · 0.5^m ≤ 1 - level."""
-    return math.ceil(math.log2(2 / (1 - level)) - 1e-9)
 
 
 def _estimate(metric: Metric, stats: Statistics, drawn: Values, level: float) -> Estimate:
