@@ -88,7 +88,11 @@ def test_ranks_scales_and_sizes(lab: Any) -> None:
         ({"target_modules": ("q_proj", "c_attn")}, "'c_attn' matches no module.*there are: down_proj"),
         (
             {"target_modules": "q_proj"},
-            "pattern 'q_proj' matches no whole module path .*paths look like model.layers.0",
+            r"'q_proj' alone is a pattern for whole module paths; names stand in a list: \[q_proj\]",
+        ),
+        (
+            {"target_modules": r"layers\.0\.q_proj"},
+            "pattern .* matches no whole module path.*paths look like model.layers.0",
         ),
         ({"target_modules": "attenton"}, "did you mean 'attention'"),
         ({"target_modules": ("norm",)}, "model.norm is a LlamaRMSNorm, which has no adapter"),
