@@ -22,7 +22,7 @@ from main_job import BASE, machine
 from postil.adapter import attach
 from postil.base import load_base
 from postil.files import write_json
-from postil.judging.harness import HarnessModel
+from postil.judging.asking.harness import HarnessModel
 
 RESULT = Path(__file__).parent / "results" / "choices.json"
 SETS = (("mmlu_val", 0), ("mmlu_val", 5), ("arc_challenge", 0), ("commonsenseqa", 0))  # and examples before each

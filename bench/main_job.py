@@ -25,7 +25,7 @@ from postil.base import load_base
 from postil.data import DataOptions, load_data
 from postil.engine import Engine, Request
 from postil.files import write_json
-from postil.judging.scoring import mean_nats, row_losses, windows
+from postil.judging.asking.likelihoods import mean_nats, row_losses, windows
 from postil.kernels.dense import instructions
 from postil.training import TrainOptions
 from postil.training.loop import run as run_training

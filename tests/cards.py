@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from postil.judging.card import Comparison, DataUsed, Estimate, Part, ScoreCard
+from postil.judging.card.model import Comparison, DataUsed, Estimate, Part, ScoreCard
 
 
 def comparison(

@@ -22,7 +22,7 @@ from postil.adapter.peft_files import load_adapter
 from postil.base import load_base
 from postil.data import Sample, epoch_steps, load_data
 from postil.files import write_json
-from postil.judging.scoring import mean_nats, row_losses
+from postil.judging.asking.likelihoods import mean_nats, row_losses
 from postil.training import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -68,7 +68,7 @@ _HOME = {
     "Request": "postil.engine",
     "RequestError": "postil.errors",
     "RunError": "postil.errors",
-    "ScoreCard": "postil.judging.card",
+    "ScoreCard": "postil.judging.card.model",
     "StorageError": "postil.errors",
     "attach": "postil.adapter.attach",
     "detach": "postil.adapter.attach",
@@ -112,7 +112,7 @@ if TYPE_CHECKING:
         RunError,
         StorageError,
     )
-    from postil.judging.card import ScoreCard
+    from postil.judging.card.model import ScoreCard
     from postil.judging.judge import judge
     from postil.judging.options import JudgeOptions
     from postil.planning.plan import plan

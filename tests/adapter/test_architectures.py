@@ -11,7 +11,7 @@ import torch
 from postil.adapter import LoraConfig, attach, detach
 from postil.base import live_digest
 from postil.data import Sample
-from postil.judging.scoring import row_losses
+from postil.judging.asking.likelihoods import row_losses
 from postil.kernels.layout import Layout, Span, Spans, positions_of
 
 OWN_PATH = ("falcon", "bloom")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from postil.judging.card import ScoreCard
-from postil.judging.card_file import read_card
+from postil.judging.card.file import read_card
+from postil.judging.card.model import ScoreCard
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from postil.demo import Demo
 from postil.demo.report import picture, write_report
 from postil.demo.run import UNFINISHED, TeamResult, summary
 from postil.demo.teams import Team, bleu
-from postil.judging.card import Estimate
+from postil.judging.card.model import Estimate
 
 FACTS = {"name": "a <b>base</b>", "parameters": "134.5 M", "fingerprint": "sha256:00"}
 NASTY = "<script>alert('x')</script> & \"quoted\""

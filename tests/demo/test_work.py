@@ -22,7 +22,7 @@ from postil.demo.run import BASE, run_demo, train_and_score
 from postil.demo.teams import TEAMS
 from postil.demo.work import GENERAL, Plan, upper_third
 from postil.errors import RunError
-from postil.judging.scoring import mean_nats
+from postil.judging.asking.likelihoods import mean_nats
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from postil.adapter import Adapter, attach
 from postil.adapter.shrink import shrink
 from postil.base import Base, live_digest
 from postil.data import load_data
+from postil.judging.asking.likelihoods import mean_nats, row_losses
 from postil.judging.between import between
 from postil.judging.options import GeneralOptions
-from postil.judging.scoring import mean_nats, row_losses
 
 ROWS = [{"prompt": f"Say {n}", "completion": "yes " * (n % 3 + 1)} for n in range(12)]
 TEXT = [{"text": "The margin of an old book holds more than its text. " * 4}]

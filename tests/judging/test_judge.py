@@ -20,13 +20,13 @@ from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest
 from postil.data import DataOptions, load_data
 from postil.errors import AdapterError, JudgeError, PostilError
-from postil.judging.card import ScoreCard
-from postil.judging.card_file import read_card
-from postil.judging.general import read_general
+from postil.judging.asking.likelihoods import mean_nats, nats_and_kl, row_losses
+from postil.judging.card.build import NATS
+from postil.judging.card.file import read_card
+from postil.judging.card.model import ScoreCard
 from postil.judging.judge import judge
 from postil.judging.options import SCALES, JudgeOptions
-from postil.judging.parts import NATS
-from postil.judging.scoring import mean_nats, nats_and_kl, row_losses
+from postil.judging.sets.general import read_general
 from postil.registry import Registry
 
 Rows = Callable[[int, int], list[dict[str, Any]]]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Mistr
 from postil.adapter import LoraConfig, attach
 from postil.base.quantise import quantise_model
 from postil.data import Sample
-from postil.judging.scoring import row_losses
+from postil.judging.asking.likelihoods import row_losses
 from postil.kernels.attention.op import _small_mask
 from postil.kernels.dense import op
 from postil.planning.ledger import HEAP_FACTOR, PROCESS, SLACK, Ledger, Recorder

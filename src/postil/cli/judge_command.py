@@ -16,7 +16,7 @@ from postil.errors import JudgeError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from postil.judging.card import Comparison, Part, ScoreCard
+    from postil.judging.card.model import Comparison, Part, ScoreCard
     from postil.judging.job import Watch
 
 _STYLES = {"better": "green", "worse": "red"}
@@ -70,10 +70,10 @@ def judge(
     """
     from postil.base import load_base
     from postil.files import write_json, write_text
-    from postil.judging.gate import DEFAULT, check, refusal
+    from postil.judging.gate.gate import DEFAULT, check, refusal
     from postil.judging.judge import judge as run
     from postil.judging.options import SCALES, JudgeOptions
-    from postil.judging.report import write_beside
+    from postil.reporting.report import write_beside
     from postil.training.recipe import with_settings
 
     flags: dict[str, Any] = {
@@ -116,8 +116,8 @@ def _words(text: str | None) -> list[str]:
 
 def _checked(expression: str | None, live: Path | None, junit: Path | None) -> ScoreCard | None:
     """The card of the version in service; what is wrong with the gate's flags is said before the work."""
-    from postil.judging.card_file import read_card
-    from postil.judging.expression import parse
+    from postil.judging.card.file import read_card
+    from postil.judging.gate.expression import parse
 
     if expression is None:
         for flag, given in (("--junit", junit), ("--live", live)):

@@ -11,7 +11,7 @@ from postil import console
 from postil.errors import GateError, RegistryError
 
 if TYPE_CHECKING:
-    from postil.judging.gate import GateResult
+    from postil.judging.gate.gate import GateResult
     from postil.registry import Registry, Version
 
 Place = Annotated[
@@ -40,7 +40,7 @@ def publish(
     no name reaches it.
     Example: postil publish runs/support/adapter --as support --registry notes
     """
-    from postil.judging.gate import DEFAULT, GateResult
+    from postil.judging.gate.gate import DEFAULT, GateResult
 
     try:
         version = _registry(registry).publish(
@@ -145,7 +145,7 @@ def _tell(version: Version, alias: str) -> None:
 
 def _facts(version: Version) -> dict[str, str]:
     """What is known of a version, for the terminal."""
-    from postil.judging.card_file import read_card
+    from postil.judging.card.file import read_card
 
     facts = {
         "version": version.digest,

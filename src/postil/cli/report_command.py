@@ -23,8 +23,8 @@ def report(
     Example: postil report runs/support --out report.html
     """
     from postil.errors import JudgeError
-    from postil.judging.report import REPORT, write_report
-    from postil.judging.reported import run_of
+    from postil.reporting.report import REPORT, write_report
+    from postil.reporting.reported import run_of
 
     for place in places:
         if not place.is_dir():

@@ -13,7 +13,7 @@ from postil.errors import AdapterError
 
 if TYPE_CHECKING:
     from postil.adapter.shrink import Shrunk
-    from postil.judging.card import Comparison
+    from postil.judging.card.model import Comparison
 
 
 def shrink(

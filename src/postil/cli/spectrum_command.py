@@ -35,8 +35,8 @@ def spectrum(
     """
     from postil.adapter.spectrum import spectrum as run
     from postil.files import write_text
-    from postil.judging.curves import standalone
-    from postil.judging.spectra import charts
+    from postil.reporting.curves import standalone
+    from postil.reporting.spectra import charts
 
     found = run(source, base, intruders=intruders, trust_remote_code=trust_remote_code)
     if plot is not None:

@@ -20,7 +20,7 @@ from postil.adapter import attach
 from postil.demo.teams import BY_NAME
 from postil.demo.work import Plan, Trained, Watch, losses, train_team
 from postil.errors import PostilError, RunError
-from postil.judging.scoring import Losses
+from postil.judging.asking.likelihoods import Losses
 
 # glibc keeps freed memory for the next step instead of giving it back and taking it anew, page by page
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}

@@ -6,8 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from postil.files import write_text
-from postil.judging.curves import Line, chart, smooth, standalone
-from postil.judging.page import figure, page
+from postil.reporting.curves import Line, chart, smooth, standalone
+from postil.reporting.page import figure, page
 
 if TYPE_CHECKING:
     from postil.demo.run import Demo, TeamResult

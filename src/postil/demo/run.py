@@ -23,10 +23,10 @@ from postil.demo.teams import TEAMS, Team
 from postil.demo.work import GENERAL, Plan, Trained, Watch, losses, train_team
 from postil.engine import Engine
 from postil.files import check_vacant, write_json, write_text
-from postil.judging.card import Estimate
-from postil.judging.parts import NATS, stats_of
-from postil.judging.scoring import Losses, mean_nats
-from postil.judging.statistics import compare
+from postil.judging.asking.likelihoods import Losses, mean_nats
+from postil.judging.bootstrap import compare
+from postil.judging.card.build import NATS, stats_of
+from postil.judging.card.model import Estimate
 
 BASE = "smollm2-135m-instruct"
 

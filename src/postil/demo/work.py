@@ -16,8 +16,8 @@ from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest, load_base
 from postil.data import load_data
 from postil.demo.teams import TEAMS, Team
-from postil.judging.rows import shipped_text
-from postil.judging.scoring import Losses, row_losses, windows
+from postil.judging.asking.likelihoods import Losses, row_losses, windows
+from postil.judging.sets.read import shipped_text
 from postil.kernels.dense import multiplies
 from postil.training import train
 

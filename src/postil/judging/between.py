@@ -5,13 +5,13 @@ from __future__ import annotations
 from postil.adapter import Adapter, attach, detach
 from postil.base import Base
 from postil.data import DataOptions, Sample, load_data
-from postil.judging.card import Comparison
-from postil.judging.general import read_general
+from postil.judging.asking.likelihoods import row_losses
+from postil.judging.bootstrap import compare
+from postil.judging.card.build import NATS, stats_of
+from postil.judging.card.model import Comparison
 from postil.judging.options import GeneralOptions
-from postil.judging.parts import NATS, stats_of
-from postil.judging.rows import From
-from postil.judging.scoring import row_losses
-from postil.judging.statistics import compare
+from postil.judging.sets.general import read_general
+from postil.judging.sets.read import From
 
 
 def between(

@@ -12,18 +12,18 @@ from postil.adapter import AdaptedModel
 from postil.data import Sample
 from postil.engine import Answer, Engine, Request
 from postil.engine.engine import eos_ids
-from postil.judging.general import General, Scored, measure
-from postil.judging.metric import Metric
+from postil.judging.asking.likelihoods import Adapters, row_losses
+from postil.judging.asking.memory import Memory
+from postil.judging.card.build import NATS, Draw, Measured, stats_of
+from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
-from postil.judging.parts import NATS, Draw, Measured, stats_of
-from postil.judging.probes import Probe
-from postil.judging.remembered import Memory
-from postil.judging.scoring import Adapters, row_losses
+from postil.judging.probes.probes import Probe
+from postil.judging.sets.general import General, Scored, measure
+from postil.judging.sets.target import Target
 from postil.judging.subject import Subject
-from postil.judging.target import Target
 
 if TYPE_CHECKING:
-    from postil.judging.harness import Tasks
+    from postil.judging.asking.harness import Tasks
 
 Watch = Callable[[dict[str, Any]], None]
 

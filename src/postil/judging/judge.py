@@ -15,26 +15,26 @@ from postil.base import Base
 from postil.data import DataOptions, load_data
 from postil.engine.engine import eos_ids
 from postil.errors import JudgeError
-from postil.judging.card import Part, ScoreCard
-from postil.judging.command import Sources, command_of
-from postil.judging.conditions import check_measures
-from postil.judging.general import general_parts, read_general
+from postil.judging.asking.memory import Memory
+from postil.judging.asking.predictions import lines_of, write_predictions
+from postil.judging.card.build import NATS, Measured, check_columns, part_of, slices_of
+from postil.judging.card.command import Sources, command_of
+from postil.judging.card.model import Part, ScoreCard
+from postil.judging.gate.conditions import check_measures
 from postil.judging.job import Job, Watch, answer_all, answered, base_likelihoods, likelihoods
-from postil.judging.metric import Metric
 from postil.judging.metrics import default_metric, metric_named
+from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.own import is_own
 from postil.judging.options import JudgeOptions
-from postil.judging.parts import NATS, Measured, check_columns, part_of, slices_of
-from postil.judging.predictions import lines_of, write_predictions
-from postil.judging.probes import Probe, check_probes, leakage_probes
-from postil.judging.probing import against_null, curve, leakage_of
-from postil.judging.remembered import Memory
-from postil.judging.rows import SHIPPED, From
+from postil.judging.probes.probes import Probe, check_probes, leakage_probes
+from postil.judging.probes.probing import against_null, curve, leakage_of
+from postil.judging.sets.general import general_parts, read_general
+from postil.judging.sets.read import SHIPPED, From
+from postil.judging.sets.target import Target, check_answers, few_shot, read_target
 from postil.judging.subject import Judged, Subject, keep_card, opened
-from postil.judging.target import Target, check_answers, few_shot, read_target
 
 if TYPE_CHECKING:
-    from postil.judging.harness import Tasks
+    from postil.judging.asking.harness import Tasks
 
 VERSIONS = ("postil", "torch", "transformers", "sacrebleu")
 
@@ -127,7 +127,7 @@ def _tasks(options: JudgeOptions) -> Tasks | None:
     if not options.lm_eval.tasks:
         return None
     try:
-        from postil.judging.harness import open_tasks
+        from postil.judging.asking.harness import open_tasks
     except ModuleNotFoundError as problem:
         if not (problem.name or "").startswith("lm_eval"):
             raise
@@ -141,7 +141,7 @@ def _of_tasks(job: Job) -> dict[str, Part]:
     """A part for each of lm-eval's tasks."""
     if job.tasks is None:
         return {}
-    from postil.judging.harness import HarnessModel, harness_parts
+    from postil.judging.asking.harness import HarnessModel, harness_parts
 
     subject, batch = job.subject, job.options.batch
     base = HarnessModel(subject.base, None, batch, lambda total: job.counting("lm-eval of the base", total))

@@ -18,8 +18,8 @@ from postil.base import Base, load_base
 from postil.data import DataOptions
 from postil.errors import DataError, JudgeError
 from postil.files import write_json
-from postil.judging.card import ScoreCard
-from postil.judging.card_file import KEY
+from postil.judging.card.file import KEY
+from postil.judging.card.model import ScoreCard
 
 NAME = "judged"  # of the adapter while it is resident
 Judged = Adapter | Base | str | Path

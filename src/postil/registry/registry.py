@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from postil.errors import RegistryError, listed, nearest
-from postil.judging.card import ScoreCard
-from postil.judging.card_file import KEY, read_card
-from postil.judging.gate import DEFAULT, GateResult, check, refusal, unjudged
+from postil.judging.card.file import KEY, read_card
+from postil.judging.card.model import ScoreCard
+from postil.judging.gate.gate import DEFAULT, GateResult, check, refusal, unjudged
 from postil.registry.log import Event, stack
 from postil.registry.store import DirectoryStore, check_alias, check_name
 from postil.registry.version import KEPT, SHORT, Manifest, digests_of

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
 from postil.errors import JudgeError
-from postil.judging.metric import Metric
 from postil.judging.metrics import metric_named
+from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.text import normalised, rouge_l_f1
 
 # sacrebleu's own example (its README): three sentences, two references each.

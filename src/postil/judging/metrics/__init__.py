@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from postil.errors import JudgeError, listed, nearest
-from postil.judging.metric import Metric, Row
 from postil.judging.metrics.labels import accuracy, macro_f1, weighted_f1
-from postil.judging.metrics.numbers import MARK, number
+from postil.judging.metrics.metric import Metric, Row
+from postil.judging.metrics.number_answers import MARK, number
 from postil.judging.metrics.options import Given
 from postil.judging.metrics.own import is_own, own
-from postil.judging.metrics.rows import asked, each, wanted
 from postil.judging.metrics.sari import sari
 from postil.judging.metrics.structure import is_json, json_schema, regex
 from postil.judging.metrics.text import bleu, chrf, exact_match, normalised_match, rouge_l
 from postil.judging.metrics.tools import call_names, exact_calls, refusals, valid_calls
+from postil.judging.metrics.wanted import asked, each, wanted
 
 __all__ = ["METRICS", "asked", "default_metric", "metric_named", "wanted"]
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postil.errors import JudgeError
-from postil.judging.metric import Metric, Row, Statistics
+from postil.judging.metrics.metric import Metric, Row, Statistics
 from postil.judging.metrics.options import AnswerOptions, Given, LabelOptions, chosen
-from postil.judging.metrics.rows import each, share, wanted
 from postil.judging.metrics.text import said
+from postil.judging.metrics.wanted import each, share, wanted
 
 MOST_LABELS = 1000
 

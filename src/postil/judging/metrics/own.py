@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from postil.errors import JudgeError, nearest
-from postil.judging.metric import Metric, Row, mean_of
+from postil.judging.metrics.metric import Metric, Row, mean_of
 from postil.judging.metrics.options import Given, OwnOptions, chosen
-from postil.judging.metrics.rows import means
+from postil.judging.metrics.wanted import means
 
 _NAMED = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 _SLIPS = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from postil.judging.metric import Metric
+from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.options import Given, SariOptions, chosen
-from postil.judging.metrics.rows import asked, column_of, points, wanted
+from postil.judging.metrics.wanted import asked, column_of, points, wanted
 
 ORDERS = 4
 Grams = Counter[tuple[str, ...]]

@@ -15,9 +15,9 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from postil.errors import JudgeError
-from postil.judging.metric import Metric, Row
+from postil.judging.metrics.metric import Metric, Row
 from postil.judging.metrics.options import Given, NoOptions, RegexOptions, SchemaOptions, chosen
-from postil.judging.metrics.rows import column_of, share
+from postil.judging.metrics.wanted import column_of, share
 
 _NOT_JSON = object()
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from postil.judging.metric import Metric, Row, Statistics
+from postil.judging.metrics.metric import Metric, Row, Statistics
 from postil.judging.metrics.options import AnswerOptions, BleuOptions, ChrfOptions, Given, NoOptions, chosen
-from postil.judging.metrics.rows import each, points, share, wanted
+from postil.judging.metrics.wanted import each, points, share, wanted
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

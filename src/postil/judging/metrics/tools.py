@@ -10,11 +10,11 @@ from postil.data import parse_tool_calls
 from postil.data.messages import check_tools
 from postil.data.template import CALL_OPEN
 from postil.errors import DataError, JudgeError
-from postil.judging.metric import Metric, Row
 from postil.judging.metrics.accept import Call, accepted, same
+from postil.judging.metrics.metric import Metric, Row
 from postil.judging.metrics.options import Given, NoOptions, chosen
-from postil.judging.metrics.rows import share, wanted_calls
 from postil.judging.metrics.structure import checked, fits, schema_text
+from postil.judging.metrics.wanted import share, wanted_calls
 
 
 def calls_in(answer: str) -> Sequence[Call] | None:

@@ -1,0 +1,187 @@
+"""The score card: what was measured of an adapter, on what, beside what; as it stands in postil.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from postil.errors import JudgeError, PostilError
+from postil.settings import Settings
+
+Verdict = Literal["better", "no evidence", "worse"]
+
+
+class Estimate(Settings):
+    """A value with its two-sided interval."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    value: float
+    low: float
+    high: float
+
+
+def rows_needed(level: float) -> int:
+    """The fewest rows, all changed the same way, that a two-sided sign test finds telling: 2 · 0.5^m ≤ 1 - level."""
+    return math.ceil(math.log2(2 / (1 - level)) - 1e-9)
+
+
+class Comparison(Settings):
+    """One measure of base and adapter on the same rows.
+
+    difference: adapter minus base, with its paired bootstrap interval at `level` (corrected where several
+    looks are taken at one set). detectable: the smallest difference that this many rows would have shown with
+    80% power. z: the difference in units of the null adapters' spread, where they were run. definition: a digest of
+    all that defines the measure (its options, an own file's bytes, how answers are asked for, the base's form); only
+    measures of one definition may be compared with each other.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    metric: str
+    better: Literal["higher", "lower"]
+    unit: str
+    rows: int
+    base: Estimate
+    adapter: Estimate
+    difference: Estimate
+    level: float = 0.95
+    verdict: Verdict
+    detectable: float
+    z: float | None = None
+    definition: str = ""
+
+    @property
+    def too_few(self) -> bool:
+        """Whether so few rows could have shown no difference at all: fewer than a sign test needs, or of a share more
+        than 100%."""
+        return self.rows < rows_needed(self.level) or (self.unit == "%" and self.detectable > 100)
+
+    @property
+    def reach(self) -> str:
+        """What so many rows would have shown, where they showed nothing."""
+        rows = f"these {self.rows:,} rows"
+        return f"{rows} are too few to show any" if self.too_few else f"{rows} show {self.detectable:.3g} or more"
+
+    @property
+    def told(self) -> str:
+        """The verdict in words; none for a distance from the base, which is never better."""
+        return self.verdict if self.metric != "kl" else ""
+
+
+class DataUsed(Settings):
+    """A file that was judged on: its name, the digest of its rows as used, and how many."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    name: str
+    sha256: str
+    rows: int
+    tokens: int | None = None
+
+
+class Part(Settings):
+    """A set of measures on one data set. `main` names the measure that decides; slices: column → value → measures.
+
+    few_shot: the bare base's value of each measure with examples in its prompt, `shots` of them. baselines: the
+    adapter beside what needs no learning, by the baseline's name (few_shot, most_frequent, random_option, copy_prompt,
+    copy_last_line, nearest_row) and measure; the Comparison's `base` is the baseline's value, paired by row.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    data: DataUsed
+    main: str
+    measures: dict[str, Comparison]
+    few_shot: dict[str, Estimate] = Field(default_factory=dict)
+    shots: int = 0
+    baselines: dict[str, dict[str, Comparison]] = Field(default_factory=dict)
+    slices: dict[str, dict[str, dict[str, Comparison]]] = Field(default_factory=dict)
+
+    @property
+    def counted(self) -> str:
+        """How many rows there are, and as how many windows or questions they were measured where that differs."""
+        found = self.measures.get(self.main)
+        as_many = f" measured as {found.rows:,}" if found is not None and found.rows != self.data.rows else ""
+        return f"{self.data.rows:,} rows{as_many}"
+
+
+class CurvePoint(Settings):
+    """The adapter's term scaled by `scale`: the target's main measure and general nats per token there."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    scale: float
+    target: float | None = None
+    target_nats: float | None = None
+    general_nats: float | None = None
+
+
+class Leakage(Settings):
+    """Verbatim leakage: training rows continued word for word from their beginning, by adapter and by base.
+
+    adapter, base, held_out: percentages of rows; held_out are rows of the target that the adapter never learned,
+    so that what skill alone repeats is seen.
+    """
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    rows: int
+    prefix_tokens: int
+    matched_tokens: int
+    adapter: Estimate
+    base: Estimate
+    held_out: Estimate | None = None
+    worst_rows: list[int] = Field(default_factory=list)
+
+
+class Contamination(Settings):
+    """How many of the rows judged on are known from the training: `target` rows of the target were trained on (of
+    `target_rows`), `general` rows of the general sets were trained on or guarded with (of `general_rows`)."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    target: int
+    target_rows: int
+    general: int
+    general_rows: int
+
+
+class ScoreCard(Settings):
+    """Everything measured of one adapter. `general` holds several parts by name: "nats", "kl", "chat", "choices",
+    "pairs". scope: what the adapter may be asked, anything ("assistant") or its own task alone ("task"). contamination:
+    None where the adapter does not tell what it was trained on."""
+
+    where: ClassVar[str] = "score card"
+    error: ClassVar[type[PostilError]] = JudgeError
+
+    format: Literal[1] = 1
+    base: dict[str, str]  # source and form of the fingerprint
+    adapter_sha256: str  # of adapter_model.safetensors and adapter_config.json
+    target: Part | None = None
+    general: dict[str, Part] = Field(default_factory=dict)
+    null_adapters: int = 0
+    curve: list[CurvePoint] = Field(default_factory=list)
+    leakage: Leakage | None = None
+    contamination: Contamination | None = None
+    scope: Literal["assistant", "task"] = "assistant"
+    command: str  # reproduces this card
+    seed: int = 0
+    versions: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+    def find(self, path: str) -> Any:
+        """The Comparison that a dotted path means: "target.bleu", "target" (its main one), "general.nats",
+        "target.intent=refund.accuracy" (a slice). Raises JudgeError with the nearest known path."""
+        from postil.judging.card.paths import find
+
+        return find(self, path)

@@ -1,0 +1,1 @@
+"""The gate: an expression over a score card, its conditions answered, a version passed or refused."""

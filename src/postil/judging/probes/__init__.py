@@ -1,0 +1,1 @@
+"""Experiments beside the measures: null adapters, the λ curve, verbatim leakage, trivial baselines."""

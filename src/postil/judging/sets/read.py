@@ -1,0 +1,71 @@
+"""Rows of a set to judge on: read whole, each with its number, and the digest of those that were used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from postil import seeds
+from postil.data.rows import BadRow, Row, Source, open_source
+from postil.errors import DataError
+from postil.judging.card.model import DataUsed
+
+From = str | Path | Sequence[Mapping[str, Any]]
+SHIPPED = "shipped"  # the general sample that comes with postil
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows by their numbers (1-based lines or rows) and the name of where they are from."""
+
+    name: str
+    rows: tuple[Row, ...]
+    source: Source
+
+    def where(self, row: Row) -> str:
+        """`test.jsonl:7`, for messages."""
+        return self.source.where(row.number)
+
+
+def read_rows(source: From) -> Rows:
+    """Every row of a file or list. Raises DataError naming the first bad line, or that there is none."""
+    opened = open_source(source)
+    rows: list[Row] = []
+    for row in opened.rows:
+        if isinstance(row, BadRow):
+            raise DataError(f"{opened.where(row.number)}: {row.error}; a set to judge on must be whole, so mend it.")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{opened.name} is empty: it has no row.")
+    return Rows(opened.name, tuple(rows), opened)
+
+
+def shipped_text() -> Rows:
+    """The general sample that comes with postil."""
+    text = (files("postil.data") / "samples" / "general.jsonl").read_text(encoding="utf-8")
+    rows = read_rows([json.loads(line) for line in text.splitlines()])
+    return Rows("postil's general sample", rows.rows, rows.source)
+
+
+def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
+    """What the card says of rows: the SHA-256 over each as one line of JSON with sorted keys."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str) + "\n"
+        digest.update(line.encode("utf-8", errors="backslashreplace"))
+    return DataUsed(name=name, sha256=digest.hexdigest(), rows=len(rows), tokens=tokens)
+
+
+def chosen(count: int, limit: int | None, seed: int, *names: str | int) -> list[int]:
+    """`limit` of `count` places (None: all), by chance from the seed, in ascending order."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, "chosen", *names)))
+    return sorted(int(place) for place in generator.permutation(count)[:limit])

@@ -1,0 +1,1 @@
+"""Pages and pictures from logs, score cards and spectra."""

@@ -1,0 +1,123 @@
+"""A score card as HTML: verdicts in words, intervals drawn, slices, the λ curve and leakage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+from postil.judging.card.model import Comparison, Estimate, Part, ScoreCard
+from postil.reporting.curves import Line, chart, interval, legend
+from postil.reporting.page import figure, table
+
+HEAD = ("measure", "base", "few-shot", "adapter", "difference", "", "verdict", "visible from", "rows")
+NUMERIC = (1, 2, 3, 4, 7, 8)
+
+
+def card_html(card: ScoreCard) -> Iterator[str]:
+    """The card's sections."""
+    parts = {"target": card.target} if card.target is not None else {}
+    parts |= {f"general.{name}": part for name, part in card.general.items()}
+    rows = []
+    for path, part in parts.items():
+        for name, measure in part.measures.items():
+            rows.append(_row(f"<b>{escape(path)}</b>.{escape(name)}", measure, part.few_shot.get(name)))
+    yield table(HEAD, rows, NUMERIC)
+    yield (
+        '<p class="asked">Intervals of the difference, adapter less base, by a paired bootstrap over rows; a verdict '
+        "is given only where the interval leaves out zero. Visible from: the smallest difference that so many rows "
+        "would have shown with 80% power.</p>"
+    )
+    for path, part in parts.items():
+        yield from _slices(path, part)
+    yield from _curve(card)
+    if card.leakage is not None:
+        found = card.leakage
+        rest = f", on rows it never saw {found.held_out.value:.1f}%" if found.held_out is not None else ""
+        yield (
+            f"<h3>Verbatim leakage</h3><p>Of {found.rows} training rows the adapter continues "
+            f"{found.adapter.value:.1f}% ({found.adapter.low:.1f} to {found.adapter.high:.1f}) word for word for "
+            f"{found.matched_tokens} tokens or more, the base {found.base.value:.1f}%{rest}.</p>"
+        )
+    sets = [
+        f"{escape(path)}: {escape(part.data.name)}, {part.counted} <code>{escape(part.data.sha256[:12])}</code>"
+        for path, part in parts.items()
+    ]
+    notes = [escape(note) for note in card.notes]
+    items = "".join(f"<li>{one}</li>" for one in [*sets, *notes])
+    yield (
+        f"<details><summary>data, notes and the command</summary><ul>{items}</ul>"
+        f"<p><code>{escape(card.command)}</code></p></details>"
+    )
+
+
+def sentence(card: ScoreCard) -> str:
+    """The target's verdict and the general ones, as HTML."""
+    told = []
+    if card.target is not None:
+        told.append(_said("On its task", card.target, card.target.main))
+    for name in ("nats", "choices", "pairs"):
+        if name in card.general:
+            told.append(_said({"nats": "on general text", "choices": "on choices", "pairs": "on pairs"}[name],
+                              card.general[name], card.general[name].main))  # fmt: skip
+    text = "; ".join(told)
+    return f"{text[:1].upper()}{text[1:]}." if text else "Nothing was measured."
+
+
+def _said(where: str, part: Part, name: str) -> str:
+    found = part.measures[name]
+    moved = f"{escape(name)} {number(found.base.value, found)} → {number(found.adapter.value, found)}"
+    return f"{where}: <b>{found.verdict}</b> ({moved} {escape(found.unit)})"
+
+
+def number(value: float, measure: Comparison, sign: str = "") -> str:
+    """A value of a measure with the digits that its unit deserves."""
+    return f"{value:{sign}.{1 if measure.unit in ('%', 'points') else 3}f}"
+
+
+def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
+    gap = found.difference
+    reach = 1.25 * max(abs(gap.low), abs(gap.high), found.detectable)
+    spread = f"; z {found.z:+.1f}" if found.z is not None else ""
+    style = " worse" if found.told == "worse" else ""
+    return [
+        name,
+        number(found.base.value, found),
+        number(few.value, found) if few is not None else "",
+        number(found.adapter.value, found),
+        f"{number(gap.value, found, '+')} ({number(gap.low, found, '+')} to {number(gap.high, found, '+')})",
+        interval(gap.low, gap.value, gap.high, reach, up=found.better == "higher"),
+        f'<span class="verdict{style}">{found.told}</span>{spread}',
+        "too few rows" if found.too_few else f"{number(found.detectable, found)} {escape(found.unit)}",
+        f"{found.rows:,}",
+    ]
+
+
+def _slices(path: str, part: Part) -> Iterator[str]:
+    for column, values in part.slices.items():
+        rows = [_row(escape(value), measures[part.main], None) for value, measures in values.items()]
+        yield (
+            f"<details><summary>{escape(path)}.{escape(part.main)} by {escape(column)} ({len(rows)} values)</summary>"
+            f"{table((column, *HEAD[1:]), rows, NUMERIC)}</details>"
+        )
+
+
+def _curve(card: ScoreCard) -> Iterator[str]:
+    if not card.curve:
+        return
+    points = sorted(card.curve, key=lambda point: point.scale)
+    figures = []
+    target = [Line("target", [(p.scale, p.target) for p in points if p.target is not None])]
+    if card.target is not None and target[0].points:
+        name = card.target.main
+        svg = chart(target, f"{name} by scale", x_text=f"scale {points[-1].scale:g}", zero=False, marks=True)
+        figures.append(figure(svg, f"{escape(name)} of the target"))
+    nats = [
+        Line("target", [(p.scale, p.target_nats) for p in points if p.target_nats is not None]),
+        Line("general", [(p.scale, p.general_nats) for p in points if p.general_nats is not None]),
+    ]
+    shown = [line for line in nats if line.points]
+    if shown:
+        svg = chart(shown, "nats by scale", x_text=f"scale {points[-1].scale:g}", zero=False, marks=True)
+        figures.append(figure(svg, "nats per token", legend(shown)))
+    yield '<h3>The adapter\'s term scaled</h3><div class="row">' + "".join(figures) + "</div>"
+    yield '<p class="asked">0 is the bare base, 1 the adapter as it is (λ in W + λ·s·B·A).</p>'

@@ -1,0 +1,223 @@
+"""General ability: text, choices and pairs read, scored as by hand, and made parts of a card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from postil.adapter import AdaptedModel
+from postil.base import Base
+from postil.errors import DataError, JudgeError
+from postil.judging.asking.likelihoods import nats_and_kl, row_losses
+from postil.judging.card.build import Draw
+from postil.judging.options import GeneralOptions
+from postil.judging.sets.general import General, general_parts, measure, read_general
+from postil.judging.sets.read import SHIPPED
+
+Hand = Callable[..., torch.Tensor]
+TEXT = [{"text": f"Line {n} of some text that nobody has learned."} for n in range(8)]
+CHOICES = [
+    {"context": f"What is {n}?", "choices": ["one", "two of them", "3"], "answer": n % 3, "subject": "ab"[n % 2]}
+    for n in range(12)
+]
+WORDS = ("do", "can", "may", "will", "must", "never", "often", "now", "here", "so", "still", "too")
+PAIRS = [
+    {"good": f"Cats {word} sleep.", "bad": f"Cats sleep {word}.", "paradigm": "xyz"[n % 3], "field": "syntax"}
+    for n, word in enumerate(
+        ["do", "can", "may", "will", "must", "never", "often", "now", "here", "so", "still", "too"]
+    )
+]
+OPTIONS = GeneralOptions(window=32)
+
+
+@pytest.fixture
+def general(base: Base) -> General:
+    return read_general(TEXT, CHOICES, PAIRS, base, OPTIONS, 0)
+
+
+def nats_of(log_probs: Hand, model: AdaptedModel, weights: Any, context: str, text: str) -> list[float]:
+    """Nats of each byte of a continuation."""
+    ids = model.base.tokenizer(context + text)["input_ids"]
+    logs = log_probs(model, ids, weights)
+    return [-float(logs[t - 1, ids[t]]) for t in range(max(len(context), 1), len(ids))]
+
+
+@pytest.mark.parametrize("weights", [None, {"note": 1.0}])
+def test_choices_and_pairs_are_right_as_by_hand(
+    model: AdaptedModel, general: General, log_probs: Hand, weights: Any
+) -> None:
+    found = measure(general, model, weights).parts
+    sums, means = [], []
+    for row in CHOICES:
+        nats = [nats_of(log_probs, model, weights, f"Question: {row['context']}\nAnswer:", f" {one}")
+                for one in row["choices"]]  # fmt: skip
+        sums.append(min(range(3), key=lambda n: sum(nats[n])) == row["answer"])
+        means.append(min(range(3), key=lambda n: sum(nats[n]) / len(nats[n])) == row["answer"])
+    assert found["choices"]["accuracy"].tolist() == [[100.0 * one, 1.0] for one in sums]
+    assert found["choices"]["accuracy_per_token"].tolist() == [[100.0 * one, 1.0] for one in means]
+    assert sums != means
+    pairs = [
+        sum(nats_of(log_probs, model, weights, "", str(row["good"])))
+        < sum(nats_of(log_probs, model, weights, "", str(row["bad"])))
+        for row in PAIRS
+    ]
+    assert found["pairs"]["accuracy"].tolist() == [[100.0 * one, 1.0] for one in pairs]
+    assert 0 < sum(pairs) < len(pairs)
+
+
+def test_text_has_its_nats_and_its_kl(model: AdaptedModel, general: General) -> None:
+    told: list[int] = []
+    found = measure(general, model, "note", done=told.append).parts
+    assert found["nats"]["nats"].tolist() == [list(one) for one in row_losses(model, general.windows, "note")]
+    assert found["kl"]["kl"].tolist() == [list(one) for one in nats_and_kl(model, general.windows, "note")[1]]
+    assert sum(told) == general.work
+    assert general.text is not None
+    assert general.text.tokens == found["nats"]["nats"][:, 1].sum() == found["kl"]["kl"][:, 1].sum()
+
+
+def test_the_base_has_no_kl_to_itself_and_its_work_is_counted(model: AdaptedModel, general: General) -> None:
+    told: list[int] = []
+    found = measure(general, model, None, done=told.append).parts
+    assert found["kl"]["kl"][:, 0].tolist() == [0.0] * len(general.windows)
+    assert found["kl"]["kl"][:, 1].tolist() == found["nats"]["nats"][:, 1].tolist()
+    assert sum(told) == general.work
+
+
+def test_parts_compare_base_and_adapter(model: AdaptedModel, general: General) -> None:
+    bare, mine = measure(general, model, None), measure(general, model, "note")
+    parts = general_parts(general, bare, mine, Draw(), ["paradigm", "subject"], 4)
+    assert {name: part.main for name, part in parts.items()} == {
+        "nats": "nats", "kl": "kl", "choices": "accuracy", "pairs": "accuracy"
+    }  # fmt: skip
+    nats = parts["nats"].measures["nats"]
+    sums = bare.parts["nats"]["nats"].sum(0)
+    assert nats.base.value == pytest.approx(sums[0] / sums[1])
+    assert (nats.better, nats.unit, nats.rows) == ("lower", "nats/token", len(general.windows))
+    assert parts["kl"].measures["kl"].verdict == "worse"
+    assert list(parts["pairs"].slices) == ["paradigm"]
+    assert {value: found["accuracy"].rows for value, found in parts["pairs"].slices["paradigm"].items()} == {
+        "x": 4, "y": 4, "z": 4
+    }  # fmt: skip
+    assert list(parts["choices"].slices) == ["subject"]
+    assert parts["nats"].slices == {}
+    assert parts["pairs"].slices["paradigm"]["x"]["accuracy"].level == pytest.approx(1 - 0.05 / 3)
+    assert parts["choices"].data.rows == 12
+    assert "choices: chance is 33.3%" in general.notes
+
+
+def test_a_blank_is_filled_and_the_rest_is_scored(model: AdaptedModel, log_probs: Hand) -> None:
+    rows = [
+        {"context": "Ann thanked Bo because _ had helped.", "choices": ["Ann", "Bo"], "answer": 1},
+        {"context": "The winner was _.", "choices": ["Ann", "Bo"], "answer": 1},
+        {"context": "The ____ of it", "choices": ["Ann", "Bo"], "answer": 1},
+    ]
+    found = read_general(None, rows, None, model.base, OPTIONS, 0)
+    asked = [
+        ("Ann thanked Bo because Bo", " had helped."),
+        ("The winner was", " Bo."),
+        ("Question: The ____ of it\nAnswer:", " Bo"),
+    ]
+    losses = measure(found, model, None).options["choices"]
+    for (context, text), question in zip(asked, losses, strict=True):
+        nats = nats_of(log_probs, model, None, context, text)
+        assert question[1] == (pytest.approx(sum(nats), rel=1e-5), len(nats))
+
+
+def test_equal_likelihoods_are_no_right_answer(model: AdaptedModel) -> None:
+    rows = [{"context": "What?", "choices": ["same", "same"], "answer": 0}]
+    found = measure(read_general(None, rows, None, model.base, OPTIONS, 0), model, None)
+    assert found.parts["choices"]["accuracy"].tolist() == [[0.0, 1.0]]
+
+
+def test_what_is_used_can_be_bounded(base: Base) -> None:
+    some = read_general(TEXT, CHOICES, PAIRS, base, GeneralOptions(window=16, tokens=64, choices=5, pairs_each=2), 0)
+    assert [len(window.ids) for window in some.windows] == [16] * 4
+    assert len(some.sets["choices"].rows) == 5
+    kept = [row.value["paradigm"] for row in some.sets["pairs"].rows]
+    assert sorted(kept) == ["x", "x", "y", "y", "z", "z"]
+    fewer = read_general(TEXT, None, PAIRS, base, GeneralOptions(pairs=5, kl=False), 0)
+    assert len(fewer.sets["pairs"].rows) == 5
+    assert fewer.work == len(fewer.windows) + 10
+
+
+def test_blimps_own_names_and_the_shipped_text(base: Base) -> None:
+    rows = [{"sentence_good": row["good"], "sentence_bad": row["bad"]} for row in PAIRS]
+    found = read_general(SHIPPED, None, rows, base, GeneralOptions(tokens=1000), 0)
+    same = read_general(None, None, PAIRS, base, OPTIONS, 0)
+    assert [one[0].ids.tolist() for one in found.sets["pairs"].samples] == [
+        one[0].ids.tolist() for one in same.sets["pairs"].samples
+    ]
+    assert found.text is not None
+    assert found.text.name == "postil's general sample"
+    assert [len(window.ids) for window in found.windows] == [256] * 3 + [232]  # the base's context is the bound
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "said"),
+    [
+        ("text", {"txt": "a"}, r"general.jsonl:1: no column 'text' \(did you mean 'txt'\?\)"),
+        ("text", {"text": 3}, "general.jsonl:1: `text` must be a string, found int"),
+        ("text", {"text": "a"}, "gives no window of two tokens"),
+        (
+            "choices",
+            {"context": "a", "choice": ["b", "c"], "answer": 0},
+            r"no column 'choices' \(did you mean 'choice'",
+        ),
+        ("choices", {"context": "a", "choices": ["b"], "answer": 0}, "`choices` must be a list of two strings"),
+        ("choices", {"context": "a", "choices": ["b", 3], "answer": 0}, "`choices` must be a list of two strings"),
+        ("choices", {"context": "a", "choices": ["b", ""], "answer": 0}, "every question has an empty choice"),
+        ("choices", {"context": "a", "choices": ["b", "c"], "answer": 2}, "right place, 0 to 1, found 2"),
+        ("choices", {"context": 1, "choices": ["b", "c"], "answer": 1}, "`context` must be a string"),
+        ("pairs", {"good": "a", "badd": "b"}, r"no column 'bad' \(did you mean 'badd'\?\)"),
+        ("pairs", {"good": "a", "bad": 3}, "`good` and `bad` must be two sentences, as strings"),
+        ("pairs", {"good": "a" * 300, "bad": "b"}, "no question fits the base's context of 256 tokens"),
+    ],
+)
+def test_a_slip_names_file_line_and_column(
+    base: Base, tmp_path: Path, kind: str, row: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "general.jsonl"
+    path.write_text(json.dumps(row))
+    sources = {"text": None, "choices": None, "pairs": None, kind: path}
+    with pytest.raises(DataError, match=said):
+        read_general(*sources.values(), base, OPTIONS, 0)  # type: ignore[misc]
+
+
+def test_pairs_each_needs_paradigms(base: Base) -> None:
+    with pytest.raises(DataError, match="have no column 'paradigm', which pairs_each counts by"):
+        read_general(None, None, [{"good": "a b", "bad": "b a"}], base, GeneralOptions(pairs_each=2), 0)
+
+
+def test_questions_left_out_are_said(base: Base) -> None:
+    rows = [*PAIRS, {"good": "a" * 300, "bad": "b"}, {"good": "same", "bad": "same"}]
+    found = read_general(None, None, rows, base, OPTIONS, 0)
+    assert len(found.sets["pairs"].rows) == 12
+    assert any("1 pairs are left out, both sentences being equal (rows 14)" in note for note in found.notes)
+    assert any("1 questions are left out, too long or too short (rows 13)" in note for note in found.notes)
+    empty = {"context": "What is this?", "choices": ["one", "", "3"], "answer": 0, "subject": "a"}
+    found = read_general(None, [CHOICES[0], empty, *CHOICES[1:]], None, base, OPTIONS, 0)
+    assert [row.value for row in found.sets["choices"].rows] == CHOICES
+    assert any("1 questions are left out, a choice being empty (rows 2)" in note for note in found.notes)
+
+
+def test_a_prompt_without_a_place_for_the_context() -> None:
+    with pytest.raises(JudgeError, match=r"general: prompt: must hold \{context\} once"):
+        GeneralOptions(prompt="Question:")
+
+
+def test_another_cut_of_the_same_text_is_other_data(base: Base) -> None:
+    text = [{"text": "once upon a time there was a book with wide margins and many notes " * 8}]
+
+    def digest(**settings: Any) -> str:
+        options = GeneralOptions(**{"window": 16, "tokens": 64} | settings)
+        found = read_general(text, None, None, base, options, 0).text
+        assert found is not None
+        return found.sha256
+
+    assert digest() == digest()
+    assert len({digest(), digest(window=32), digest(tokens=48)}) == 3
