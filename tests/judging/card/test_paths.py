@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from cards import card, changed, comparison
 from postil.errors import JudgeError
 from postil.judging.card.model import DataUsed, Part, ScoreCard

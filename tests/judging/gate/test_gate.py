@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from cards import card, changed, comparison
 from postil.errors import GateError, JudgeError
 from postil.judging.card.model import Estimate

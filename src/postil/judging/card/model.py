@@ -89,8 +89,8 @@ class Part(Settings):
     """A set of measures on one data set. `main` names the measure that decides; slices: column → value → measures.
 
     few_shot: the bare base's value of each measure with examples in its prompt, `shots` of them. baselines: the
-    adapter beside what needs no learning, by the baseline's name (few_shot, most_frequent, random_option, copy_prompt,
-    copy_last_line, nearest_row) and measure; the Comparison's `base` is the baseline's value, paired by row.
+    adapter beside what needs no learning, by the baseline's name (few_shot, most_frequent, random_option,
+    copy_prompt, copy_last_line, nearest_row) and measure; the Comparison's `base` is the baseline's value, paired by row.
     """
 
     where: ClassVar[str] = "score card"
@@ -158,8 +158,8 @@ class Contamination(Settings):
 
 class ScoreCard(Settings):
     """Everything measured of one adapter. `general` holds several parts by name: "nats", "kl", "chat", "choices",
-    "pairs". scope: what the adapter may be asked, anything ("assistant") or its own task alone ("task"). contamination:
-    None where the adapter does not tell what it was trained on."""
+    "pairs". scope: what the adapter may be asked, anything ("assistant") or its own task alone ("task").
+    contamination: None where the adapter does not tell what it was trained on."""
 
     where: ClassVar[str] = "score card"
     error: ClassVar[type[PostilError]] = JudgeError
