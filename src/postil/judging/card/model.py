@@ -90,7 +90,8 @@ class Part(Settings):
 
     few_shot: the bare base's value of each measure with examples in its prompt, `shots` of them. baselines: the
     adapter beside what needs no learning, by the baseline's name (few_shot, most_frequent, random_option,
-    copy_prompt, copy_last_line, nearest_row) and measure; the Comparison's `base` is the baseline's value, paired by row.
+    copy_prompt, copy_last_line, nearest_row) and measure; the Comparison's `base` is the baseline's value,
+    paired by row.
     """
 
     where: ClassVar[str] = "score card"
