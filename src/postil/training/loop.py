@@ -30,8 +30,8 @@ from postil.training.batch import spans_of, to_device
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
-from postil.training.general import General, check_general, kl_gradients, split_general
-from postil.training.guard import Gauge, Guarded, keep
+from postil.training.general import Documents, General, check_general, kl_gradients, split_general
+from postil.training.guard import Gauges, Guarded, keep
 from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
@@ -60,7 +60,7 @@ def train(
     *,
     out: str | Path | None = None,
     valid: Dataset | Sequence[Sample] | None = None,
-    general: Dataset | Sequence[Sample] | None = None,
+    general: Documents | Dataset | Sequence[Sample] | None = None,
     name: str = "default",
     options: TrainOptions | None = None,
     watch: Watcher | None = None,
@@ -70,7 +70,8 @@ def train(
 
     out: the run directory (log.jsonl, TensorBoard, checkpoints; resumed where it holds a checkpoint of the
     same options, data, base and starting values). valid: held-out samples; the best state is kept. general:
-    documents of general text, watched and held to as the options say (guard, kl_weight, general_share).
+    documents of general text, or Documents of prose and chat (training.documents.general_documents), watched and
+    held to as the options say (guard, kl_weight, general_share).
     settings: fields of TrainOptions. `watch` is called with {"step", "loss", …} after every update. Raises
     RunError when loss or gradient is not finite, a checkpoint is another run's or no state stays within the guard
     (the model then holds the untouched one), AdapterError when a module gets no gradient; after Ctrl-C it saves
@@ -78,7 +79,7 @@ def train(
     """
     options = options or TrainOptions(**settings)
     outcome = run(
-        model, _samples(data), _samples(valid), general=_samples(general), out=out, name=name, options=options,
+        model, _samples(data), _samples(valid), general=_documents(general), out=out, name=name, options=options,
         watch=watch,
     )  # fmt: skip
     if outcome.stopped:
@@ -107,7 +108,7 @@ def run(
     out: str | Path | None,
     name: str,
     options: TrainOptions,
-    general: Sequence[Sample] = (),
+    general: Documents | Sequence[Sample] = (),
     watch: Watcher | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
@@ -121,8 +122,8 @@ def run(
     check_form(model.base, options)
     if options.patience is not None and not valid and options.guard is None:
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
-    check_general(options, bool(general))
-    beside = split_general(general, options, model.base) if general else None
+    check_general(options, len(general) > 0)
+    beside = split_general(general, options, model.base) if len(general) else None
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
@@ -167,7 +168,7 @@ def _train(
         progress.best = untouched  # step 0 passes any guard
     del untouched
     begun = progress.step
-    gauge = Gauge.of(model, general.watched, options.pack_tokens, bare) if general is not None else None
+    gauge = Gauges.of(model, general, options.pack_tokens, bare) if general is not None else None
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
@@ -234,7 +235,11 @@ def check_form(base: Base, options: TrainOptions) -> None:
 
 
 def seconds_per_run(
-    model: AdaptedModel, samples: list[Sample], name: str, options: TrainOptions, documents: Sequence[Sample] = ()
+    model: AdaptedModel,
+    samples: list[Sample],
+    name: str,
+    options: TrainOptions,
+    documents: Documents | Sequence[Sample] = (),
 ) -> float:
     """About how long a run takes: the gradients of its first step, timed the second time; nothing is changed.
 
@@ -242,7 +247,7 @@ def seconds_per_run(
     """
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
-    general = split_general(documents, options, model.base) if documents else None
+    general = split_general(documents, options, model.base) if len(documents) else None
     bare: Bare = weights.origin() if general is not None else nullcontext
     _, packs = next(_steps(samples, options, 0, 1, general))
     seconds = 0.0
@@ -278,7 +283,7 @@ def identity_of(
     if resident is not None:
         fields.append(resident.config.model_dump(mode="json"))
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for kind in (samples, valid, *((general.watched, general.held) if general is not None else ())):
+    for kind in (samples, valid, *(general.kinds if general is not None else ())):
         digest.update(len(kind).to_bytes(8, "big"))
         for sample in kind:
             digest.update(len(sample.ids).to_bytes(8, "big"))
@@ -291,6 +296,10 @@ def _samples(data: Dataset | Sequence[Sample] | None) -> list[Sample]:
     if data is None:
         return []
     return list(data.samples if isinstance(data, Dataset) else data)
+
+
+def _documents(given: Documents | Dataset | Sequence[Sample] | None) -> Documents:
+    return given if isinstance(given, Documents) else Documents(prose=_samples(given))
 
 
 def _steps(
@@ -347,12 +356,13 @@ def _held(
     bare: Bare,
 ) -> dict[str, float]:
     """The part of a step's gradients that holds the model to its base: kl_loss (nats per token) and kl_seconds."""
-    rows = general.compared(options, step) if general is not None else []
-    if not rows:
+    kinds = general.compared(options, step) if general is not None else {}
+    if not kinds:
         return {}
     began = time.perf_counter()
-    mean = kl_gradients(model, weights, resident, rows, options, step, bare)
-    return {"kl_loss": mean, "kl_seconds": round(time.perf_counter() - began, 4)}
+    means = kl_gradients(model, weights, resident, kinds, options, step, bare)
+    told = {f"kl_{kind}": mean for kind, mean in means.items()} if len(means) > 1 else {}
+    return {"kl_loss": sum(means.values()) / len(means), **told, "kl_seconds": round(time.perf_counter() - began, 4)}
 
 
 @torch.no_grad()

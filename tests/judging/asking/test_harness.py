@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import yaml
 from postil.adapter import Adapter, attach, detach
 from postil.base import Base
 from postil.errors import JudgeError
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import HarnessOptions, JudgeOptions
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's own

@@ -12,12 +12,12 @@ import torch
 
 from postil.adapter import AdaptedModel
 from postil.base import Base
+from postil.data.shipped import SHIPPED
 from postil.errors import DataError, JudgeError
 from postil.judging.asking.likelihoods import nats_and_kl, row_losses
 from postil.judging.card.build import Draw
 from postil.judging.options import GeneralOptions
 from postil.judging.sets.general import General, general_parts, measure, read_general
-from postil.judging.sets.read import SHIPPED
 
 Hand = Callable[..., torch.Tensor]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned."} for n in range(8)]

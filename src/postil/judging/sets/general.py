@@ -12,6 +12,7 @@ from postil.adapter import AdaptedModel
 from postil.base import Base
 from postil.data import Sample
 from postil.data.rows import Row
+from postil.data.shipped import SHIPPED
 from postil.errors import DataError, listed, nearest
 from postil.judging.asking.likelihoods import (
     Adapters,
@@ -38,7 +39,7 @@ from postil.judging.card.build import (
 from postil.judging.card.model import DataUsed, Part
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import GeneralOptions
-from postil.judging.sets.read import SHIPPED, From, Rows, chosen, read_rows, shipped_text, used
+from postil.judging.sets.read import From, Rows, chosen, read_rows, shipped_text, used
 
 MEASURES: dict[str, dict[str, Metric]] = {
     "nats": {"nats": NATS},

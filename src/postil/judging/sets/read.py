@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 
 from postil import seeds
 from postil.data.rows import BadRow, Row, Source, open_source
+from postil.data.shipped import NAMES, shipped_rows
 from postil.errors import DataError
 from postil.judging.card.model import DataUsed
 
 From = str | Path | Sequence[Mapping[str, Any]]
-SHIPPED = "shipped"  # the general sample that comes with postil
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,8 @@ def read_rows(source: From) -> Rows:
 
 def shipped_text() -> Rows:
     """The general sample that comes with postil."""
-    text = (files("postil.data") / "samples" / "general.jsonl").read_text(encoding="utf-8")
-    rows = read_rows([json.loads(line) for line in text.splitlines()])
-    return Rows("postil's general sample", rows.rows, rows.source)
+    rows = read_rows(shipped_rows("general"))
+    return Rows(NAMES["general"], rows.rows, rows.source)
 
 
 def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
