@@ -207,15 +207,17 @@ def kl_gradients(
     options: TrainOptions,
     step: int,
     bare: Bare,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """Add the gradient of kl_weight · mean over the kinds of mean KL(base||adapted) over a kind's tokens; returns the
     mean of each kind (nats per token).
 
-    Divided by its own tokens, whatever the target's rows are, and split into packs as they are. It costs a
-    forward pass of the base and a training pass over these rows.
+    Divided by its own tokens, whatever the target's rows are, and split into packs as they are; the backward pass is
+    the sum's (times `scale`), as the target's is. It costs a forward pass of the base and a training pass over these
+    rows.
     """
     return {
-        kind: _kl_of(model, weights, resident, rows, options.kl_weight / len(kinds), options, step, kind, bare)
+        kind: _kl_of(model, weights, resident, rows, options.kl_weight / len(kinds), options, step, kind, bare, scale)
         for kind, rows in kinds.items()
     }
 
@@ -230,6 +232,7 @@ def _kl_of(
     step: int,
     kind: str,
     bare: Bare,
+    scale: float,
 ) -> float:
     """Add the gradient of weight · mean KL over the tokens of rows of one kind; returns the mean."""
     (packs,) = epoch_steps(
@@ -237,6 +240,8 @@ def _kl_of(
         seed=0, epoch=0, shuffle=False,
     )  # fmt: skip
     tokens = sum(pack.target_tokens for pack in packs)
+    divisor = tokens * scale / weight
+    weights.grad.mul_(divisor)  # what is there already: one buffer, so that a whole model needs no second
     mean = 0.0
     for index, pack in enumerate(packs):
         seed = derive(options.seed, "dropout", step, "general", kind, index)
@@ -245,7 +250,8 @@ def _kl_of(
         with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))):
             total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
             if total.requires_grad:
-                (total * (weight / tokens)).backward()  # type: ignore[no-untyped-call]
+                (total * scale).backward()  # type: ignore[no-untyped-call]
         weights.collect()
         mean += float(total.detach()) / tokens
+    weights.grad.div_(divisor)
     return mean
