@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,43 @@ def test_the_schedule() -> None:
     cosine = TrainOptions(learning_rate=1.0, warmup=4)
     assert rate_at(5, cosine, 12) == pytest.approx(1.0)
     assert 0 < rate_at(12, cosine, 12) < 0.1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("total", [1, 2, 10, 21, 100, 1000])
+def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: str) -> None:
+    options = TrainOptions(learning_rate=1.0, schedule=schedule)
+    rates = [rate_at(step, options, total) for step in range(1, total + 1)]
+    top = rates.index(max(rates))
+    assert max(rates) == 1.0
+    assert top < max(1, 0.1 * total)
+    assert top + 1 <= 20
+    assert total == 1 or rates[-1] < (0.6 if total == 2 else 0.2)
+    assert all(one <= other for one, other in pairwise(rates[: top + 1]))
+    assert all(one >= other for one, other in pairwise(rates[top:]))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        (0, 10, 0),
+        (0.05, 1000, 20),
+        (0.05, 100, 5),
+        (0.03, 1000, 20),
+        (0.9, 10, 4),
+        (0.9, 1, 0),
+        (4, 12, 4),
+        (20, 10, 9),
+    ],
+)
+def test_warm_up_is_a_share_or_steps(warmup: float, total: int, steps: int) -> None:
+    assert TrainOptions(warmup=warmup).warmup_steps(total) == steps
+
+
+def test_a_warm_up_of_one_and_a_half_steps_is_refused() -> None:
+    assert TrainOptions(warmup=2.0).warmup_steps(100) == 2
+    with pytest.raises(RecipeError, match=r"warmup: a share of the steps below 1, or a whole number of steps"):
+        TrainOptions(warmup=1.5)
 
 
 def test_ctrl_c_saves_and_is_raised(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:

@@ -89,17 +89,18 @@ def _tell(job: Job) -> None:
     if options.method != "full":
         for line in job.model.coverage("default").lines():
             console.note(line)
+    steps = options.steps or options.epochs * -(-len(job.training) // options.batch_size)
+    warmup = options.warmup_steps(steps)
+    length = f"{options.steps} steps" if options.steps else f"{options.epochs} epoch(s)"
     console.note(
-        f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up {options.warmup}, batch of "
-        f"{options.batch_size} rows, {f'{options.steps} steps' if options.steps else f'{options.epochs} epoch(s)'}; "
-        f"{len(job.training)} rows learned, "
+        f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up over {warmup} of {steps} "
+        f"steps, batch of {options.batch_size} rows, {length}; {len(job.training)} rows learned, "
         f"{len(job.valid)} held out; base in {'nf4 and ' * job.base.quantised}{job.base.dtype} on {job.base.device}"
     )
-    steps = options.steps or options.epochs * -(-len(job.training) // options.batch_size)
-    if steps < 2 * options.warmup:
+    if steps < 2 * warmup:
         console.warn(
-            f"{min(options.warmup, steps - 1)} of the run's {steps} steps are warm-up, while the rate still rises; "
-            f"train longer (--epochs), or shorten it: --set training.warmup={steps // 10}"
+            f"{warmup} of the run's {steps} steps are warm-up, while the rate still rises; "
+            "train longer (--epochs), or make it a share: --set training.warmup=0.05"
         )
 
 

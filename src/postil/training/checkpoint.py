@@ -26,7 +26,8 @@ TENSORS, MANIFEST = "state.safetensors", "manifest.json"
 @dataclass(slots=True)
 class Progress:
     """Where a run stands beside its tensors: updates done, the best validation so far (of those that a guard lets
-    pass: best_…; of all: free_…), and the general rise (nats per token over the base) of each."""
+    pass: best_…; of all: free_…), and the general rise (nats per token over the base) of each. scale: of the sum of
+    a step's losses, below 1 where float16's gradients overflowed."""
 
     step: int = 0
     best_step: int = 0
@@ -37,6 +38,7 @@ class Progress:
     free_step: int = 0
     free_loss: float | None = None
     free_rise: float | None = None
+    scale: float = 1.0
 
 
 def machine() -> dict[str, Any]:
@@ -74,6 +76,7 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
             "free_step": progress.free_step,
             "free_loss": progress.free_loss,
             "free_rise": progress.free_rise,
+            "scale": progress.scale,
             "identity": identity,
             "machine": machine(),
             "sha256": sha256_file(temporary / TENSORS),
@@ -121,6 +124,7 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
             manifest["step"], manifest["best_step"], manifest["best_loss"], manifest["since_best"],
             None if best is None else best.to(optimizer.weights.flat.device),
             manifest["best_rise"], manifest["free_step"], manifest["free_loss"], manifest["free_rise"],
+            manifest["scale"],
         )  # fmt: skip
         notes.append(f"going on from step {progress.step}")
         return progress, notes

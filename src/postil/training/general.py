@@ -150,17 +150,21 @@ def kl_gradients(
     options: TrainOptions,
     step: int,
     bare: Bare,
+    scale: float = 1.0,
 ) -> float:
     """Add the gradient of kl_weight · mean KL(base||adapted) over the rows' tokens; returns the mean (nats).
 
-    Divided by its own tokens, whatever the target's rows are, and split into packs as they are. It costs a
-    forward pass of the base and a training pass over these rows.
+    Divided by its own tokens, whatever the target's rows are, and split into packs as they are; the backward pass is
+    the sum's (times `scale`), as the target's is. It costs a forward pass of the base and a training pass over these
+    rows.
     """
     (packs,) = epoch_steps(
         rows, batch_size=len(rows), accumulation=options.accumulation, pack_tokens=options.pack_tokens,
         seed=0, epoch=0, shuffle=False,
     )  # fmt: skip
     tokens = sum(pack.target_tokens for pack in packs)
+    divisor = tokens * scale / options.kl_weight
+    weights.grad.mul_(divisor)  # what is there already: one buffer, so that a whole model needs no second
     mean = 0.0
     for index, pack in enumerate(packs):
         seed = derive(options.seed, "dropout", step, "general", index)
@@ -169,7 +173,8 @@ def kl_gradients(
         with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))):
             total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
             if total.requires_grad:
-                (total * (options.kl_weight / tokens)).backward()  # type: ignore[no-untyped-call]
+                (total * scale).backward()  # type: ignore[no-untyped-call]
         weights.collect()
         mean += float(total.detach()) / tokens
+    weights.grad.div_(divisor)
     return mean

@@ -36,6 +36,9 @@ from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
 
+SCALE_FACTOR = 16.0  # the sum of a step's losses is scaled by no more than 1 and no less than LEAST_SCALE …
+LEAST_SCALE = SCALE_FACTOR**-6
+SCALE_STEPS = 100  # … and every so many steps a scale below 1 rises again
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -179,13 +182,18 @@ def _train(
         last, share = progress.step if late else total, shares(model, resident)
         for step, packs in _steps(samples, options, progress.step, last, general, share):
             started = time.perf_counter()
-            loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
-            held = _held(model, weights, resident, general, options, step, bare)
-            norm = optimizer.clip()
+            while True:
+                loss, tokens, targets = _gradients(model, weights, resident, packs, options, step, progress.scale)
+                held = _held(model, weights, resident, general, options, step, bare, progress.scale)
+                norm = optimizer.clip()
+                if math.isfinite(norm) or not _overflowed(model, progress, loss):
+                    break
+                weights.grad.zero_()
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                wider = "open the base in bfloat16 or float32 (dtype), " if _in_float16(model) else ""
                 raise RunError(
-                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}) "
-                    f"or look at rows {listed(row for pack in packs for row, _ in pack.sizes if row)}; "
+                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}), "
+                    f"{wider}or look at rows {listed(row for pack in packs for row, _ in pack.sizes if row)}; "
                     "checkpoints before this step are kept"
                 )
             if step == 1 and resident is not None:
@@ -193,6 +201,7 @@ def _train(
                     tell(line)
             rate = optimizer.update()
             progress.step = step
+            progress.scale = _risen(progress.scale, step)
             seconds = time.perf_counter() - started
             event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
                      "target_tokens": targets, "seconds": round(seconds, 4), **held}  # fmt: skip
@@ -327,8 +336,13 @@ def _gradients(
     packs: Sequence[Pack],
     options: TrainOptions,
     step: int,
+    scale: float = 1.0,
 ) -> tuple[float, int, int]:
-    """One step's gradients: losses summed over its packs, divided by the target tokens of the whole step."""
+    """One step's gradients, where there were none: losses summed over its packs, divided by its target tokens.
+
+    The backward pass is the sum's (times `scale`), and the division that of float32's flat gradient: in float16 a
+    token's share of the mean is lost, for its least number is 6e-8.
+    """
     targets = sum(int((pack.weights > 0).sum()) for pack in packs)
     loss = 0.0
     for index, pack in enumerate(packs):
@@ -336,12 +350,14 @@ def _gradients(
         ids, positions, share = to_device(pack, model)
         layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed), pack.before)
         with model.using(layout):
-            total, _, _ = model.loss(ids, positions, share / max(targets, 1))
+            total, _, _ = model.loss(ids, positions, share * scale)
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
         weights.collect()
         loss += float(total.detach())
-    return loss, sum(size for pack in packs for _, size in pack.sizes), targets
+    divisor = max(targets, 1) * scale
+    weights.grad.div_(divisor)
+    return loss / divisor, sum(size for pack in packs for _, size in pack.sizes), targets
 
 
 def _held(
@@ -352,14 +368,32 @@ def _held(
     options: TrainOptions,
     step: int,
     bare: Bare,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """The part of a step's gradients that holds the model to its base: kl_loss (nats per token) and kl_seconds."""
     rows = general.compared(options, step) if general is not None else []
     if not rows:
         return {}
     began = time.perf_counter()
-    mean = kl_gradients(model, weights, resident, rows, options, step, bare)
+    mean = kl_gradients(model, weights, resident, rows, options, step, bare, scale)
     return {"kl_loss": mean, "kl_seconds": round(time.perf_counter() - began, 4)}
+
+
+def _overflowed(model: AdaptedModel, progress: Progress, loss: float) -> bool:
+    """Whether a gradient that is not finite may be float16's 65,504 alone: the sum is then scaled down further."""
+    if not _in_float16(model) or not math.isfinite(loss) or progress.scale <= LEAST_SCALE:
+        return False
+    progress.scale /= SCALE_FACTOR
+    return True
+
+
+def _risen(scale: float, step: int) -> float:
+    """The scale after step `step`: every SCALE_STEPS one below 1 is tried higher again."""
+    return min(scale * SCALE_FACTOR, 1.0) if step % SCALE_STEPS == 0 else scale
+
+
+def _in_float16(model: AdaptedModel) -> bool:
+    return model.base.dtype == torch.float16
 
 
 @torch.no_grad()
