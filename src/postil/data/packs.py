@@ -38,10 +38,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """Whole samples end to end, never padded.
+    """Whole samples end to end, never padded; or parts of them, a beginning of several there once (`pack_shared`).
 
     ids: int64 [T]. positions: int64 [T], from 0 in every sample. weights: float32 [T], as in Sample (so the
-    first token of every sample has 0). lengths: tokens per sample, which sum to T. rows: the samples' rows.
+    first token of every part has 0). lengths: tokens per part, which sum to T. rows: the parts' rows. before: per
+    part the one that it continues (None: it begins by itself); empty where every part is a whole sample.
     """
 
     ids: NDArray[np.int64]
@@ -49,11 +50,22 @@ class Pack:
     lengths: tuple[int, ...]
     weights: NDArray[np.float32]
     rows: tuple[int, ...]
+    before: tuple[int | None, ...] = ()
 
     @property
     def target_tokens(self) -> int:
         """How many tokens have loss."""
         return int(np.count_nonzero(self.weights))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(row, tokens) of every whole sample, what it shares with others counted in each."""
+        ends, continued = np.cumsum(self.lengths), set(self.before)
+        return [
+            (row, int(self.positions[end - 1]) + 1)
+            for part, (row, end) in enumerate(zip(self.rows, ends, strict=True))
+            if part not in continued
+        ]
 
 
 def pack(samples: Sequence[Sample]) -> Pack:
@@ -73,13 +85,11 @@ def pack(samples: Sequence[Sample]) -> Pack:
 class SharedPack:
     """Samples of which neighbours that begin alike have their beginning once.
 
-    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. before: per
-    part the one that it continues (None: it begins by itself). samples: the parts that end the samples, in their
-    order.
+    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. samples: the
+    parts that end the samples, in their order.
     """
 
     pack: Pack
-    before: tuple[int | None, ...]
     samples: tuple[int, ...]
 
 
@@ -105,7 +115,7 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
     share: False where the model cannot (AdaptedModel.shares_beginnings).
     """
     if not share:
-        return SharedPack(pack(samples), (None,) * len(samples), tuple(range(len(samples))))
+        return SharedPack(pack(samples), tuple(range(len(samples))))
     common = [0, *(shared_tokens(*pair) for pair in itertools.pairwise(samples))]  # with the one before
     parts, starts, before, ends = list[Sample](), list[int](), list[int | None](), list[int]()
 
@@ -132,7 +142,7 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
         grow(0, len(samples), 0, None)
     whole = pack(parts)
     shift = np.repeat(np.array(starts, dtype=np.int64), whole.lengths)
-    return SharedPack(replace(whole, positions=whole.positions + shift), tuple(before), tuple(ends))
+    return SharedPack(replace(whole, positions=whole.positions + shift, before=tuple(before)), tuple(ends))
 
 
 def epoch_steps(
@@ -145,13 +155,15 @@ def epoch_steps(
     epoch: int,
     shuffle: bool = True,
     beside: Callable[[int], Sequence[Sample]] | None = None,
+    share: bool = False,
 ) -> list[list[Pack]]:
     """One epoch: one inner list is one optimiser step of `batch_size` samples (the last one what is left).
 
     A step's samples are dealt into `accumulation` groups (fewer where there are fewer samples) of about equal
     tokens, and each group into packs of at most `pack_tokens` tokens (a longer sample has a pack of its own).
     Every sample comes exactly once; `beside` gives further ones that join the batch of a step (from 0), such as
-    general text. A pure function of its arguments. Raises RecipeError for numbers below 1.
+    general text. share: samples of a pack that begin alike stand together and have their beginning once. A pure
+    function of its arguments. Raises RecipeError for numbers below 1.
     """
     for name, value in (
         ("batch_size", batch_size),
@@ -170,8 +182,14 @@ def epoch_steps(
         if beside is not None:
             batch += beside(len(steps))
         groups = _balanced(batch, accumulation)
-        steps.append([pack(chosen) for group in groups for chosen in _first_fit(group, pack_tokens)])
+        packs = [chosen for group in groups for chosen in _first_fit(group, pack_tokens)]
+        steps.append([pack_shared(_alike_together(chosen)).pack if share else pack(chosen) for chosen in packs])
     return steps
+
+
+def _alike_together(samples: Sequence[Sample]) -> list[Sample]:
+    """In an order in which those with a beginning in common, of whatever length, are neighbours."""
+    return sorted(samples, key=lambda sample: sample.ids.tobytes())
 
 
 def _longest_first(samples: Sequence[Sample]) -> list[Sample]:

@@ -23,3 +23,9 @@ def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tens
 def spans_of(resident: Resident | None, tokens: int, seed: int = 0) -> Spans:
     """One span of the adapter over a whole pack (none where every weight is trained); seed: of its dropout."""
     return Spans((Span(0, tokens, resident.slot, 1.0, seed),)) if resident is not None else Spans()
+
+
+def shares(model: AdaptedModel, resident: Resident | None) -> bool:
+    """Whether the rows of a training pack may have what they begin with in common once: not under dropout, whose mask
+    is each row's own."""
+    return model.shares_beginnings and not (resident is not None and resident.config.dropout)

@@ -26,7 +26,7 @@ from postil.data import Dataset, Pack, Sample, epoch_steps
 from postil.errors import AdapterError, DataError, RecipeError, RunError, listed
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device
+from postil.training.batch import shares, spans_of, to_device
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
@@ -180,7 +180,8 @@ def _train(
         log = stack.enter_context(RunLog(directory, progress.step)) if directory is not None else None
         stop = stack.enter_context(_polite_stop())
         watching = log.total("watch_seconds") if log is not None else 0.0
-        for step, packs in _steps(samples, options, progress.step, progress.step if late else total, general):
+        last, share = progress.step if late else total, shares(model, resident)
+        for step, packs in _steps(samples, options, progress.step, last, general, share):
             started = time.perf_counter()
             while True:
                 loss, tokens, targets = _gradients(model, weights, resident, packs, options, step, progress.scale)
@@ -193,7 +194,7 @@ def _train(
                 wider = "open the base in bfloat16 or float32 (dtype), " if _in_float16(model) else ""
                 raise RunError(
                     f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}), "
-                    f"{wider}or look at rows {listed(row for pack in packs for row in pack.rows if row)}; "
+                    f"{wider}or look at rows {listed(row for pack in packs for row, _ in pack.sizes if row)}; "
                     "checkpoints before this step are kept"
                 )
             if step == 1 and resident is not None:
@@ -258,7 +259,7 @@ def seconds_per_run(
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     general = split_general(documents, options, model.base) if len(documents) else None
     bare: Bare = weights.origin() if general is not None else nullcontext
-    _, packs = next(_steps(samples, options, 0, 1, general))
+    _, packs = next(_steps(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -269,7 +270,7 @@ def seconds_per_run(
         resident.train(False)
     else:
         model.model.requires_grad_(False)
-    tokens = sum(length for pack in packs for row, length in zip(pack.rows, pack.lengths, strict=True) if row)
+    tokens = sum(size for pack in packs for row, size in pack.sizes if row)
     total = sum(len(sample.ids) for sample in samples) * options.epochs
     if options.steps is not None:
         total = total * options.steps // (math.ceil(len(samples) / options.batch_size) * options.epochs)
@@ -312,7 +313,12 @@ def _documents(given: Documents | Dataset | Sequence[Sample] | None) -> Document
 
 
 def _steps(
-    samples: Sequence[Sample], options: TrainOptions, done: int, total: int, general: General | None = None
+    samples: Sequence[Sample],
+    options: TrainOptions,
+    done: int,
+    total: int,
+    general: General | None = None,
+    share: bool = False,
 ) -> Iterator[tuple[int, list[Pack]]]:
     """(step number from 1, its packs) for the steps after `done`: a pure function of data, seed and epoch."""
 
@@ -324,6 +330,7 @@ def _steps(
         steps = epoch_steps(
             samples, batch_size=options.batch_size, accumulation=options.accumulation,
             pack_tokens=options.pack_tokens, seed=options.seed, epoch=epoch, beside=partial(beside, epoch),
+            share=share,
         )  # fmt: skip
         for index, packs in enumerate(steps):
             step = epoch * per_epoch + index + 1
@@ -350,7 +357,7 @@ def _gradients(
     for index, pack in enumerate(packs):
         seed = derive(options.seed, "dropout", step, index)
         ids, positions, share = to_device(pack, model)
-        layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))
+        layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed), pack.before)
         with model.using(layout):
             total, _, _ = model.loss(ids, positions, share * scale)
             if total.requires_grad:
@@ -359,7 +366,7 @@ def _gradients(
         loss += float(total.detach())
     divisor = max(targets, 1) * scale
     weights.grad.div_(divisor)
-    return loss / divisor, sum(len(pack.ids) for pack in packs), targets
+    return loss / divisor, sum(size for pack in packs for _, size in pack.sizes), targets
 
 
 def _held(
@@ -404,12 +411,13 @@ def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident 
     """Mean nats per target token over held-out samples, dropout off."""
     total, count = 0.0, 0
     steps = epoch_steps(
-        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False
-    )
+        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False,
+        share=model.shares_beginnings,
+    )  # fmt: skip
     for packs in steps:
         for pack in packs:
             ids, positions, weights = to_device(pack, model)
-            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)))):
+            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)), pack.before)):
                 part, _, targets = model.loss(ids, positions, weights)
             total += float(part)
             count += len(targets)

@@ -50,7 +50,7 @@ def row_losses(
         packed = shared.pack
         spans = model.spans_for(weights, len(packed.ids))
         ids, positions = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
-        with model.using(Layout.packed(packed.lengths, spans, shared.before)):
+        with model.using(Layout.packed(packed.lengths, spans, packed.before)):
             _, nll, targets = model.loss(
                 ids.to(device), positions.to(device), torch.from_numpy(packed.weights).to(device)
             )
@@ -74,7 +74,7 @@ def token_scores(
         ids = torch.from_numpy(packed.ids).to(model.base.device)
         wanted = ids[rows + 1].long()
         nats, hits = torch.zeros(len(targets)), torch.ones(len(targets), dtype=torch.bool)
-        with model.using(Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)), shared.before)):
+        with model.using(Layout.packed(packed.lengths, model.spans_for(weights, len(packed.ids)), packed.before)):
             states = model.hidden(ids, torch.from_numpy(packed.positions).to(model.base.device))[rows]
             head = model.head_on(rows)
             for start in range(0, len(targets), _HEAD_ROWS):
