@@ -18,7 +18,7 @@ from postil.data import Sample, epoch_steps
 from postil.errors import RecipeError
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device
+from postil.training.batch import to_device, training_spans
 from postil.training.optimizer import Trainable
 from postil.training.options import TrainOptions
 
@@ -162,11 +162,11 @@ def kl_gradients(
     )  # fmt: skip
     tokens = sum(pack.target_tokens for pack in packs)
     mean = 0.0
-    for index, pack in enumerate(packs):
-        seed = derive(options.seed, "dropout", step, "general", index)
+    seed = derive(options.seed, "dropout", step, "general")
+    for pack in packs:
         ids, positions, share = to_device(pack, model)
         targets = share.nonzero(as_tuple=True)[0]
-        with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))):
+        with model.using(Layout.packed(pack.lengths, training_spans(resident, pack, seed))):
             total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
             if total.requires_grad:
                 (total * (options.kl_weight / tokens)).backward()  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ from postil.data import Dataset, Pack, Sample, epoch_steps
 from postil.errors import AdapterError, DataError, RecipeError, RunError, listed
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device
+from postil.training.batch import spans_of, to_device, training_spans
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
@@ -324,10 +324,10 @@ def _gradients(
     """One step's gradients: losses summed over its packs, divided by the target tokens of the whole step."""
     targets = sum(int((pack.weights > 0).sum()) for pack in packs)
     loss = 0.0
-    for index, pack in enumerate(packs):
-        seed = derive(options.seed, "dropout", step, index)
+    seed = derive(options.seed, "dropout", step)
+    for pack in packs:
         ids, positions, share = to_device(pack, model)
-        layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))
+        layout = Layout.packed(pack.lengths, training_spans(resident, pack, seed))
         with model.using(layout):
             total, _, _ = model.loss(ids, positions, share / max(targets, 1))
             if total.requires_grad:
