@@ -38,8 +38,30 @@ def test_pack_holds_whole_samples_end_to_end() -> None:
     assert got.weights.tolist() == [0, 0.5, 0.5, 0, 0, 0.5]
     assert (got.lengths, got.rows, got.target_tokens) == ((3, 1, 2), (1, 2, 3), 3)
     assert (got.ids.dtype, got.positions.dtype, got.weights.dtype) == (np.int64, np.int64, np.float32)
+    assert got.step_rows.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="at least one sample"):
         pack([])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (
+            Sample(np.arange(2, dtype=np.int32), np.ones(2, np.float32), 7),
+            "row 7 has a loss weight of 1 at its first",
+        ),
+        (Sample(np.arange(2, dtype=np.int32), np.zeros(3, np.float32), 7), "row 7 has 2 tokens and 3 loss weights"),
+    ],
+)
+def test_a_weight_that_nothing_could_learn_is_refused(sample: Sample, said: str, place: int) -> None:
+    """The first of a pack would have no state to be predicted from, a later one that of the sample before it."""
+    samples = make([3, 4])
+    samples[place:place] = [sample]
+    numbers = {"batch_size": 9, "accumulation": 1, "pack_tokens": 99, "seed": 0, "epoch": 0}
+    for made in (pack, pack_shared, lambda some: epoch_steps(some, **numbers)):
+        with pytest.raises(DataError, match=said):
+            made(samples)
 
 
 @given(_lengths, _counts, _counts, st.integers(1, 60), st.integers(0, 3), st.integers(0, 3), st.booleans())
@@ -96,6 +118,25 @@ def test_accumulation_does_not_change_which_rows_a_step_holds(lengths: list[int]
         return [sorted(row for chosen in step for row in chosen.rows) for step in steps]
 
     assert rows(1) == rows(2) == rows(4)
+
+
+@given(_lengths, _counts, st.integers(1, 60), st.sampled_from([1, 2, 4]))
+def test_every_token_has_one_place_in_its_step_whatever_the_split(
+    lengths: list[int], batch: int, budget: int, accumulation: int
+) -> None:
+    def places(accumulation: int, budget: int) -> list[dict[int, int]]:
+        """Per step, the place of every token (which names itself)."""
+        steps = epoch_steps(
+            make(lengths), batch_size=batch, accumulation=accumulation, pack_tokens=budget, seed=1, epoch=2
+        )
+        return [
+            {int(i): int(row) for one in step for i, row in zip(one.ids, one.step_rows, strict=True)}
+            for step in steps
+        ]
+
+    found = places(accumulation, budget)
+    assert found == places(1, 10**6)
+    assert all(sorted(step.values()) == list(range(len(step))) for step in found)
 
 
 def test_order_depends_on_seed_and_epoch() -> None:

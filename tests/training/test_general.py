@@ -199,7 +199,7 @@ def test_a_step_with_everything_on_does_not_depend_on_the_split(accumulation: in
     gradients = []
     for count in (1, accumulation):
         model = tiny_model()
-        attach(model, LoraConfig(r=4), seed=1)
+        attach(model, LoraConfig(r=4, dropout=0.3), seed=1)
         weights, resident = trained(model), model.resident("default")
         options = TrainOptions(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
         general = split_general(tiny_documents(), options, model.base)

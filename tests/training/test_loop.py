@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
-from postil.training.general import split_general
+from postil.training.general import kl_gradients, split_general
 from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
 from postil.training.optimizer import rate_at
 
@@ -44,12 +45,16 @@ def test_training_lowers_the_loss_and_leaves_the_base(model: AdaptedModel, sampl
     assert live_digest(detach(model).model) == before
 
 
+DROPPING = LoraConfig(r=4, dropout=0.3, target_modules=("q_proj", "k_proj", "down_proj", "lm_head"))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4), DROPPING])
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_gives_the_same_gradient(accumulation: int, samples: list[Sample]) -> None:
+def test_accumulation_gives_the_same_gradient(accumulation: int, config: LoraConfig, samples: list[Sample]) -> None:
     gradients = []
     for count in (1, accumulation):
         model = tiny_model()
-        attach(model, LoraConfig(r=4), seed=1)
+        attach(model, config, seed=1)
         resident = model.resident("default")
         weights = AdapterWeights.of(resident)
         options = TrainOptions(accumulation=count)
@@ -59,6 +64,45 @@ def test_accumulation_gives_the_same_gradient(accumulation: int, samples: list[S
         gradients.append(weights.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def test_one_sequence_at_a_time_has_the_masks_of_the_pack(samples: list[Sample]) -> None:
+    """As for architectures that cannot be packed."""
+    gradients = []
+    for packs_well in (True, False):
+        model = tiny_model()
+        attach(model, DROPPING, seed=1)
+        model.packs = packs_well
+        weights, options = AdapterWeights.of(model.resident("default")), TrainOptions(batch_size=8)
+        _, packs = next(_steps(samples, options, 0, 1))
+        _gradients(model, weights, model.resident("default"), packs, options, 1)
+        gradients.append(weights.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: list[Sample]) -> None:
+    """The same rows and the same weights at two steps: the gradient is another where there is dropout, and only
+    there; so is that of the text compared with the base."""
+    model = tiny_model()
+    attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
+    resident = model.resident("default")
+    weights, options = AdapterWeights.of(resident), TrainOptions(kl_weight=1.0)
+    resident.flat.add_(torch.randn(resident.flat.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    _, packs = next(_steps(samples, options, 0, 1))
+    gradients = []
+    for step in (1, 2, 1):
+        weights.grad.zero_()
+        if held:
+            kl_gradients(model, weights, resident, samples[:8], options, step, nullcontext)
+        else:
+            _gradients(model, weights, resident, packs, options, step)
+        gradients.append(weights.grad.clone())
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[0], gradients[1]) == (not dropout)
 
 
 def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:

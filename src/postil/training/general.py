@@ -19,7 +19,7 @@ from postil.data import Sample, epoch_steps
 from postil.errors import RecipeError
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device
+from postil.training.batch import to_device, training_spans
 from postil.training.optimizer import Trainable
 from postil.training.options import TrainOptions
 
@@ -243,11 +243,11 @@ def _kl_of(
     divisor = tokens * scale / weight
     weights.grad.mul_(divisor)  # what is there already: one buffer, so that a whole model needs no second
     mean = 0.0
-    for index, pack in enumerate(packs):
-        seed = derive(options.seed, "dropout", step, "general", kind, index)
+    seed = derive(options.seed, "dropout", step, "general", kind)
+    for pack in packs:
         ids, positions, share = to_device(pack, model)
         targets = share.nonzero(as_tuple=True)[0]
-        with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))):
+        with model.using(Layout.packed(pack.lengths, training_spans(resident, pack, seed))):
             total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
             if total.requires_grad:
                 (total * scale).backward()  # type: ignore[no-untyped-call]

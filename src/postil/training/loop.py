@@ -26,7 +26,7 @@ from postil.data import Dataset, Pack, Sample, epoch_steps
 from postil.errors import AdapterError, DataError, RecipeError, RunError, listed
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import shares, spans_of, to_device
+from postil.training.batch import shares, spans_of, to_device, training_spans
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
@@ -354,10 +354,10 @@ def _gradients(
     """
     targets = sum(int((pack.weights > 0).sum()) for pack in packs)
     loss = 0.0
-    for index, pack in enumerate(packs):
-        seed = derive(options.seed, "dropout", step, index)
+    seed = derive(options.seed, "dropout", step)
+    for pack in packs:
         ids, positions, share = to_device(pack, model)
-        layout = Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed), pack.before)
+        layout = Layout.packed(pack.lengths, training_spans(resident, pack, seed), pack.before)
         with model.using(layout):
             total, _, _ = model.loss(ids, positions, share * scale)
             if total.requires_grad:
