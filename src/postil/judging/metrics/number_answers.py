@@ -104,11 +104,11 @@ def last_number(text: str, *, decimal: str = ".") -> float | None:
     """The first number after the last ####, if that mark is there and one follows; else the last number; else None.
 
     "1,234.5", "1.234,5", "1.234.567", "1 234 567" and "1 234,5" are one number each; "3,4" and "12,34" are two, and
-    "1.234" lies between 1 and 2, unless `decimal` is a comma: then both change their parts. "3/4", "1 1/2", "½" and \\frac{3}{4}
-    are fractions; "10^6", "10**6", "10⁶", "1e6" and "2 × 10^6" powers. A time or ratio (12:30), a date (1/2/2024,
-    2024-02-01), a version (1.2.3) and 0x1F are no numbers; neither is what is too large for one, or divided by 0. A
-    percentage counts as it is written, and a word (million) not at all. A minus is a sign directly before a number,
-    unless something is subtracted ("9-4" and "9 - 4" end in 4).
+    "1.234" lies between 1 and 2, unless `decimal` is a comma: then both change their parts. "3/4", "1 1/2", "½" and
+    \\frac{3}{4} are fractions; "10^6", "10**6", "10⁶", "1e6" and "2 × 10^6" powers. A time or ratio (12:30), a date
+    (1/2/2024, 2024-02-01), a version (1.2.3) and 0x1F are no numbers; neither is what is too large for one, or
+    divided by 0. A percentage counts as it is written, and a word (million) not at all. A minus is a sign directly
+    before a number, unless something is subtracted ("9-4" and "9 - 4" end in 4).
     """
     text = text.translate(_MINUS)
     if decimal == ",":

@@ -50,8 +50,8 @@ def own(name: str, given: Given) -> Metric:
         counts = value is not None
         if counted.setdefault(json.dumps(row, sort_keys=True, default=str), counts) is not counts:
             raise JudgeError(
-                f"{name} gives None for one answer to this row and a number for another, so base and adapter would be "
-                "measured on other rows; give a number for an answer that cannot be read, and None only for a row "
+                f"{name} gives None for one answer to this row and a number for another, so base and adapter would "
+                "be measured on other rows; give a number for an answer that cannot be read, and None only for a row "
                 "that does not count"
             )
         return number if counts else None
