@@ -65,7 +65,7 @@ def holding(model: AdaptedModel, weights: Any, resident: Any, options: TrainOpti
     if resident is None:
         weights.flat.add_(torch.randn(weights.flat.shape, generator=torch.Generator().manual_seed(2)), alpha=1e-2)
         weights.publish()
-    mean = kl_gradients(model, weights, resident, rows(), options, 1, bare)
+    mean = kl_gradients(model, weights, resident, {"prose": rows()}, options, 1, bare)["prose"]
     weights.grad.sub_(1e-3)
     return mean
 

@@ -96,7 +96,7 @@ def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: lis
     for step in (1, 2, 1):
         weights.grad.zero_()
         if held:
-            kl_gradients(model, weights, resident, samples[:8], options, step, nullcontext)
+            kl_gradients(model, weights, resident, {"prose": samples[:8]}, options, step, nullcontext)
         else:
             _gradients(model, weights, resident, packs, options, step)
         gradients.append(weights.grad.clone())

@@ -193,6 +193,7 @@ def _metrics(target: Target, options: JudgeOptions, notes: list[str]) -> dict[st
         found[metric.name] = metric
         if not is_own(name):
             metric.statistics([""] * len(target.items), target.values)  # what is wrong with the rows is said now
+        notes += metric.look(target.values)
     return found
 
 

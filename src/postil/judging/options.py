@@ -17,8 +17,9 @@ class GeneralOptions(Settings):
     """What is measured of general ability.
 
     tokens: of running text, from its beginning (null: all); window: tokens that see each other. kl: also how far
-    the next-token distributions lie from the base's. prompt: what leads to a choice, `{context}` in it; where
-    the context holds one `_`, each choice is put in its place instead and the rest of the sentence is scored.
+    the next-token distributions lie from the base's. prompt: what leads to a choice, `{context}` in it; where a
+    row's column `cloze` is true (or each context of a file holds one lone `_`) the choice fills that blank instead,
+    and the rest of the sentence is scored.
     choices, pairs: at most this many, by chance from the seed; pairs_each: of every `paradigm` at most this many.
     chat_tokens: of the base's own answers to the chat prompts.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from postil import seeds
 from postil.data.rows import BadRow, Row, Source, open_source
 from postil.data.shipped import NAMES, shipped_rows
-from postil.errors import DataError
+from postil.errors import DataError, listed, nearest
 from postil.judging.card.model import DataUsed
 
 From = str | Path | Sequence[Mapping[str, Any]]
@@ -59,6 +59,14 @@ def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
         line = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str) + "\n"
         digest.update(line.encode("utf-8", errors="backslashreplace"))
     return DataUsed(name=name, sha256=digest.hexdigest(), rows=len(rows), tokens=tokens)
+
+
+def column_of(rows: Rows, row: Row, name: str) -> Any:
+    """The value of a row's column. Raises DataError naming the line and the nearest column."""
+    if name not in row.value:
+        near = nearest(name, row.value) or f"; the row has {listed(map(repr, row.value))}"
+        raise DataError(f"{rows.where(row)}: no column {name!r}{near}.")
+    return row.value[name]
 
 
 def chosen(count: int, limit: int | None, seed: int, *names: str | int) -> list[int]:
