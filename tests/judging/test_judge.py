@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from postil.judging.asking.likelihoods import mean_nats, nats_and_kl, row_losses
 from postil.judging.card.build import NATS
 from postil.judging.card.file import read_card
 from postil.judging.card.model import ScoreCard
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -95,7 +98,7 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
 def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
-    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0")
+    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0 and general.nats > 0")
     card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
     assert any("is a published version, which never changes" in note for note in card.notes)
     assert registry.resolve("note") == version.path  # every byte as it was
@@ -344,7 +347,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
 
 
 def test_it_is_public() -> None:
-    assert postil.judge is judge
+    assert postil.judge is judge_with_chat
     assert postil.ScoreCard is ScoreCard
     assert postil.JudgeOptions is JudgeOptions
     assert NATS.better == "lower"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -286,9 +287,12 @@ class AdaptedModel:
         self.active = chosen
 
     def check_combination(self, weights: Mapping[str, float]) -> None:
-        """Raise AdapterError when a name is unknown or the adapters cannot be active together."""
-        whole = [name for name in weights if self.resident(name).saved]
-        if len(weights) > 1 and whole:
+        """Raise AdapterError when a name is unknown, a weight not finite, or adapters cannot be active together."""
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise AdapterError(f"the weight of {name!r} is {weight}; give a finite number")
+        whole = [name for name, weight in weights.items() if self.resident(name).saved and weight]
+        if whole and sum(map(bool, weights.values())) > 1:
             raise AdapterError(f"{listed(whole)} replaces whole modules and cannot be combined with others")
 
     @contextmanager

@@ -198,8 +198,8 @@ def test_the_slice_that_broke_is_named() -> None:
     result = check(given_card)
     assert result.expression == f"{DEFAULT} and {MEASURED[0]}"
     assert result.sentence == (
-        "refused: slice intent=refund: accuracy is worse than allowed: 50% → 30%, difference -20 [-25, -15], and -10 "
-        "points are allowed, and so for 1 more of 3 slices: intent=greeting"
+        "refused: slice intent=refund: accuracy is worse than allowed: 50% → 30%, difference -20 [-25, -15], "
+        "-10 points allowed, and so for 1 more of 3 slices: intent=greeting"
     )
     assert result.conditions[-1].slices == ("intent=refund", "intent=greeting")
     assert result.worse == ("intent=refund", "intent=greeting")

@@ -128,7 +128,7 @@ FAR = comparison(0, 3.0, metric="kl", better="lower", half=0.1)
         ({"chat": chat(same_start=40)}, "general.chat.same_start is worse than allowed: 100% → 40%"),
         ({"chat": chat(alike=60)}, "general.chat.alike is worse than allowed: 0% → 60%"),
         ({"pairs": part("accuracy", comparison(80, 79, metric="accuracy", half=3))},
-         "general.pairs may be worse than allowed: 80% → 79%, difference -1 [-4, 2], and -2 points are allowed"),
+         "general.pairs may be worse than allowed: 80% → 79%, difference -1 [-4, 2], -2 points allowed"),
     ],
 )  # fmt: skip
 def test_everything_general_that_was_measured_counts(parts: dict[str, Part], said: str) -> None:

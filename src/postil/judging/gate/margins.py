@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from postil.judging.card.model import Comparison, Part
+from postil.judging.metrics.own import PREFIX
 
 CHAT = "chat"
-OWN = "own."  # what the name of a user's own measure begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,9 @@ GENERAL = {
     (CHAT, "kl"): Margin(0.15),
     (CHAT, "same_start"): Margin(20),
     (CHAT, "alike"): Margin(5),
-    ("choices", "accuracy"): Margin(2),
-    ("choices", "accuracy_per_token"): Margin(2),
-    ("pairs", "accuracy"): Margin(2),
 }
-# Every other measure (lm-eval's tasks, the target): by its unit. 0.05 nats are a factor of 1.05 in perplexity and, at
-# some four bytes a token, 0.02 bits a byte.
+# Every other measure (choices, pairs, lm-eval's tasks, the target): by its unit. 0.05 nats are a factor of 1.05 in
+# perplexity and, at some four bytes a token, 0.02 bits a byte.
 WHOLE = {"%": Margin(2), "points": Margin(2), "nats/token": Margin(0.05), "bits/byte": Margin(0.02)}
 OTHERWISE = Margin(share=0.05)
 # Slices have few rows and so wide intervals; what is allowed there is coarse.
@@ -52,11 +49,22 @@ ROWS_OTHERWISE = 100
 
 def allowed(part: str, name: str, measure: Comparison, *, sliced: bool = False) -> float:
     """How much worse than the base a measure may be, in its own unit. part: "target" or a general part's name."""
-    own = name.startswith(OWN)  # its scale is its author's, whatever the unit is called
+    own = name.startswith(PREFIX)  # its scale is its author's, whatever the unit is called
     if sliced:
         return (SLICE_OTHERWISE if own else SLICE.get(measure.unit, SLICE_OTHERWISE)).of(measure)
     found = GENERAL.get((part, name)) or (OTHERWISE if own else WHOLE.get(measure.unit, OTHERWISE))
     return found.of(measure)
+
+
+def within(part: str, name: str, measure: Comparison, *, sliced: bool = False) -> bool:
+    """Whether the harmful end of the interval lies within what is allowed."""
+    return measure.gain[0] >= -allowed(part, name, measure, sliced=sliced)
+
+
+def bound(part: str, name: str, measure: Comparison, *, sliced: bool = False) -> str:
+    """What is allowed, in words: `+0.05 nats/token`, `-2 points`."""
+    sign, unit = "+" if measure.better == "lower" else "-", "points" if measure.unit == "%" else measure.unit
+    return f"{sign}{allowed(part, name, measure, sliced=sliced):.3g} {unit}".rstrip()
 
 
 def held(name: str, part: Part) -> list[str]:

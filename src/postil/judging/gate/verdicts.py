@@ -7,7 +7,7 @@ import math
 from postil.judging.card.model import Comparison, Estimate, rows_needed
 from postil.judging.gate.expression import Judged
 from postil.judging.gate.items import Condition, Item, NoAnswer, check_finite, check_interval, ends, two, with_unit
-from postil.judging.gate.margins import CHAT, allowed, too_little
+from postil.judging.gate.margins import CHAT, allowed, bound, too_little, within
 
 FEW_SHOT = "few_shot"
 
@@ -120,21 +120,20 @@ def _kept(leaf: Judged, item: Item) -> Condition:
         raise NoAnswer(f"{item.label} is too little to say anything: {short}; judge the adapter again on more")
     if m.rows < rows_needed(m.level):
         raise NoAnswer(f"{item.label}: {_too_few(m)}")
-    margin = allowed(item.where, item.name, m, sliced=bool(item.slice))
-    kept = m.gain[0] >= -margin
+    sliced = bool(item.slice)
+    margin, most = allowed(item.where, item.name, m, sliced=sliced), bound(item.where, item.name, m, sliced=sliced)
+    kept = within(item.where, item.name, m, sliced=sliced)
     base, adapter = two(m.base.value, m.adapter.value)
-    sign = "+" if m.better == "lower" else "-"
-    bound = f"{sign}{margin:.3g} {'points' if m.unit == '%' else m.unit} are allowed"
-    sentence = f"{with_unit(base, m.unit)} → {with_unit(adapter, m.unit)}, difference {ends(m.difference)}"
+    moved = f"{with_unit(base, m.unit)} → {with_unit(adapter, m.unit)}, difference {ends(m.difference)}"
     if kept:
-        told, sentence = "kept", f"{item.label} is kept: {sentence}, {bound}"
+        told, sentence = "kept", f"{item.label} is kept: {moved}, {most} allowed"
     elif m.difference.value * (-1 if m.better == "lower" else 1) < -margin:
-        told, sentence = "worse", f"{item.label} is worse than allowed: {sentence}, and {bound}"
+        told, sentence = "worse", f"{item.label} is worse than allowed: {moved}, {most} allowed"
     else:
         told = "too few rows to say"
         sentence = (
-            f"{item.label} may be worse than allowed: {sentence}, and {bound}; {m.rows:,} rows are too "
-            f"few to say: judge on more{_pool(item)}, or say a bound of your own: {_bound(item, margin)}"
+            f"{item.label} may be worse than allowed: {moved}, {most} allowed; {m.rows:,} rows are too few to say: "
+            f"judge on more{_pool(item)}, or say a bound of your own: {_bound(item, margin)}"
         )
     return Condition("", told, f"{'not ' if leaf.negated else ''}kept", kept is not leaf.negated, sentence)
 
