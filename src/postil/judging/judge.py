@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -16,10 +17,11 @@ from postil.base.remembered import Memory
 from postil.data import DataOptions, load_data
 from postil.data.shipped import SHIPPED
 from postil.engine.engine import eos_ids
-from postil.errors import JudgeError
+from postil.errors import JudgeError, listed
 from postil.judging.asking.predictions import lines_of, write_predictions
-from postil.judging.card.build import NATS, Measured, check_columns, part_of, slices_of
+from postil.judging.card.build import NATS, OTHERS, Measured, check_columns, part_of, slices_of
 from postil.judging.card.command import Sources, command_of
+from postil.judging.card.definition import source_of
 from postil.judging.card.model import Part, ScoreCard
 from postil.judging.gate.conditions import check_measures
 from postil.judging.job import Job, Watch, answer_all, answered, base_chat, base_likelihoods, chat_of, likelihoods
@@ -158,7 +160,7 @@ def _of_tasks(job: Job) -> dict[str, Part]:
     judged = HarnessModel(
         subject.model, subject.name, batch, lambda total: job.counting("lm-eval of what is judged", total)
     )
-    return harness_parts(job.tasks, base, judged, job.draw, job.notes)
+    return harness_parts(job.tasks, base, judged, job.draw, job.notes, _form(job))
 
 
 def _probes(
@@ -208,11 +210,15 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         part = _target_part(job, bare.nats | measured.get("base", {}), mine.nats | measured.get("adapter", {}),
                             measured.get("few-shot", {}))  # fmt: skip
     options = job.options
-    parts = general_parts(job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice)
+    defined = _form(job) | {"window": options.general.window, "prompt": options.general.prompt}
+    parts = general_parts(
+        job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice, defined
+    )
     if chat is not None:
         found, theirs = chat
+        defined = _form(job) | {"chat_tokens": options.general.chat_tokens}
         parts["chat"] = chat_part(
-            found, theirs, chat_of(job, found), job.draw, options.slices, options.smallest_slice
+            found, theirs, chat_of(job, found), job.draw, options.slices, options.smallest_slice, defined
         )
     parts |= _of_tasks(job)
     if options.null:
@@ -227,6 +233,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         curve=curve(job, bare, mine, measured),
         leakage=leakage_of(job),
         scope=options.scope,
+        chat_template=bool(getattr(base.base.tokenizer, "chat_template", None)),
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},
@@ -244,11 +251,30 @@ def _target_part(job: Job, bare: Measured, mine: Measured, few: Measured) -> Par
     slices, small = slices_of(job.target.values, options.slices, options.smallest_slice)
     for column, values in small.items():
         job.notes.append(
-            f"slices: {len(values)} values of {column} have fewer than {options.smallest_slice} rows, too few for one"
+            f"slices: {len(values)} values of {column} have fewer than {options.smallest_slice} rows and are one "
+            f"slice, {OTHERS}: {listed(values)}"
         )
     metrics = {**job.metrics, NATS.name: NATS}
     base, adapter = ({name: found[name] for name in metrics} for found in (bare, mine))
     return part_of(
         job.target.data, next(iter(metrics)), metrics, base, adapter, job.draw,
-        slices=slices, few_shot=few, shots=options.shots if few else 0,
+        slices=slices, few_shot=few, shots=options.shots if few else 0, defined=_form(job) | {
+            "rows": job.target.options.model_dump(mode="json"), "format": job.target.format},
+        defined_each=_definitions(job.target, job.metrics, options),
     )  # fmt: skip
+
+
+def _definitions(target: Target, metrics: Mapping[str, Metric], options: JudgeOptions) -> dict[str, dict[str, Any]]:
+    """What defines each measure of answers: its options, its own file, and how answers are asked for."""
+    asked = {"max_new_tokens": target.max_new_tokens, "stop": target.stop}
+    names = dict(zip(metrics, options.metrics, strict=False))  # none were asked for: the one that fits has no options
+    return {
+        measure: asked
+        | {"options": options.metric_options.get(names.get(measure, "")), "file": source_of(names.get(measure, ""))}
+        for measure in metrics
+    }
+
+
+def _form(job: Job) -> dict[str, Any]:
+    """What every measure of a judging hangs on."""
+    return {"form": job.subject.base.base.fingerprint().form}

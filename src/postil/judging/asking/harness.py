@@ -204,7 +204,12 @@ def _told(what: str, run: Callable[[], Any]) -> Any:
 
 
 def harness_parts(
-    tasks: Tasks, base: HarnessModel, judged: HarnessModel, draw: Draw, notes: list[str]
+    tasks: Tasks,
+    base: HarnessModel,
+    judged: HarnessModel,
+    draw: Draw,
+    notes: list[str],
+    defined: Mapping[str, Any] | None = None,
 ) -> dict[str, Part]:
     """A part for each task: its measures, base beside what is judged; documents are the bootstrap's units.
 
@@ -245,7 +250,9 @@ def harness_parts(
         told = [asked, tasks.options.shots, tasks.options.chat, task.config.generation_kwargs]
         digest = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
         data = DataUsed(name=f"lm-eval {name}", sha256=digest, rows=len(next(iter(base_found.values()))))
-        parts[shown] = part_of(data, next(iter(metrics)), metrics, base_found, judged_found, draw)
+        parts[shown] = part_of(
+            data, next(iter(metrics)), metrics, base_found, judged_found, draw, defined=defined
+        )  # fmt: skip
     return parts
 
 
