@@ -58,7 +58,7 @@ def run(name: str, data: Path, out: Path) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0, fused=True)
     steps = epoch_steps(samples, batch_size=options.batch_size, accumulation=1, pack_tokens=options.pack_tokens,
                         seed=options.seed, epoch=0)  # fmt: skip
-    schedule = get_linear_schedule_with_warmup(optimizer, options.warmup, len(steps))
+    schedule = get_linear_schedule_with_warmup(optimizer, options.warmup_steps(len(steps)), len(steps))
     began = time.perf_counter()
     for number, packs in enumerate(steps, 1):
         batch = padded([by_row[row] for pack in packs for row in pack.rows], base.tokenizer.eos_token_id)

@@ -32,8 +32,8 @@ def judge(postil: Any, base: Path, here: Path) -> Callable[..., Any]:
     """judge("--gate", ...): the command's Result on `here`."""
 
     def run(*words: object) -> Any:
-        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--set", "general.window=64",
-                "--set", "max_new_tokens=4")  # fmt: skip
+        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--chat", "none",
+                "--set", "general.window=64", "--set", "max_new_tokens=4")  # fmt: skip
         return postil("judge", here / "note", "--base", base, *sets, *words)
 
     return run

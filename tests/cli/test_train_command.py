@@ -34,16 +34,17 @@ def bytes_of(run: Path) -> bytes:
 
 
 def test_it_says_what_it_does_and_leaves_a_whole_run(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
-    result = postil(*train, rows, "--epochs", 2, "--lr", "1e-3")
+    result = postil(*train, rows, "--epochs", 2, "--lr", "1e-3", "--set", "training.warmup=20")
     assert result.code == 0
     assert result.out == f"{tmp_path / 'out/adapter'}\n"
     for said in (
         "20 rows read as prompt and completion (prompt, completion)",
         "format prompt: 20 samples,",
         "8 modules adapted (q_proj, k_proj, v_proj, o_proj): 6,144 of 35,232 base parameters (17.4%)",
-        "lora: learning rate 0.001, cosine, warm-up 20, batch of 8 rows, 2 epoch(s); 19 rows learned, 1 held out",
-        "5 of the run's 6 steps are warm-up, while the rate still rises; train longer (--epochs), or shorten it: "
-        "--set training.warmup=0",
+        "lora: learning rate 0.001, cosine, warm-up over 5 of 6 steps, batch of 8 rows, 2 epoch(s); "
+        "19 rows learned, 1 held out",
+        "5 of the run's 6 steps are warm-up, while the rate still rises; train longer (--epochs), or make it a "
+        "share: --set training.warmup=0.05",
         "step 6: held-out loss",
         "6 steps, last loss",
     ):

@@ -234,19 +234,45 @@ def test_shared_beginnings_leave_every_sample_whole(kinds: list[tuple[list[int],
         while part is not None:
             chain = [*range(edges[part], edges[part + 1]), *chain]
             assert part == place or part not in got.samples
-            part = got.before[part]
+            part = got.pack.before[part]
         assert got.pack.ids[chain].tolist() == sample.ids.tolist()
         assert got.pack.positions[chain].tolist() == list(range(len(sample.ids)))
         assert got.pack.weights[chain].tolist() == sample.weights.tolist()
         assert not got.pack.weights[edges[place]]  # the state before a target is in its own part
-    parts = {place for place in got.before if place is not None}
+    parts = {place for place in got.pack.before if place is not None}
     assert len(got.pack.lengths) == len(parts) + len(samples)
-    assert all(sum(earlier == part for earlier in got.before) > 1 for part in parts)  # only what several share
+    assert all(sum(earlier == part for earlier in got.pack.before) > 1 for part in parts)  # only what several share
     assert all(got.pack.lengths[part] >= SHARED_TOKENS for part in parts)
     apart = pack_shared(samples, share=False)
-    assert (apart.pack.lengths, set(apart.before)) == (tuple(len(s.ids) for s in samples), {None})
+    assert (apart.pack.lengths, apart.pack.before) == (tuple(len(s.ids) for s in samples), ())
     if not parts:
         assert got.pack.ids.tolist() == apart.pack.ids.tolist()
+
+
+@given(_counts, st.integers(1, 60), st.integers(0, 3), st.lists(st.integers(0, 2), min_size=1, max_size=20))
+def test_an_epoch_whose_rows_share_their_beginnings(batch: int, budget: int, seed: int, kinds: list[int]) -> None:
+    samples = [
+        Sample(
+            np.array([*range(100 * kind, 100 * kind + 9), 1, row], dtype=np.int32),
+            np.array([0.0] * 10 + [1.0], dtype=np.float32), row,
+        )
+        for row, kind in enumerate(kinds, 1)
+    ]  # fmt: skip
+
+    def plan(share: bool) -> list[list[Pack]]:
+        return epoch_steps(
+            samples, batch_size=batch, accumulation=2, pack_tokens=budget, seed=seed, epoch=0, share=share
+        )
+
+    shared, apart = plan(True), plan(False)
+    assert shape(shared) == shape(plan(True))
+    for step, other in zip(shared, apart, strict=True):
+        for got, wanted in zip(step, other, strict=True):
+            assert sorted(got.sizes) == sorted(wanted.sizes) == sorted((row, 11) for row in wanted.rows)
+            assert got.target_tokens == wanted.target_tokens
+            groups = {kinds[row - 1] for row in wanted.rows}
+            assert len(got.ids) <= len(wanted.ids)
+            assert len(got.ids) == 2 * len(wanted.rows) + 9 * len(groups)  # each beginning once, however dealt
 
 
 def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() -> None:
@@ -260,7 +286,7 @@ def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() ->
     ]  # fmt: skip
     got = pack_shared(samples)
     assert got.pack.lengths == (20, 9, 2, 2, 2, 9, 2, 2, 2)
-    assert got.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
+    assert got.pack.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
     assert got.samples == (2, 3, 4, 6, 7, 8)
     with pytest.raises(DataError, match="at least one sample"):
         pack_shared([])

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from postil.judging.asking.likelihoods import mean_nats, nats_and_kl, row_losses
 from postil.judging.card.build import NATS
 from postil.judging.card.file import read_card
 from postil.judging.card.model import ScoreCard
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -344,7 +347,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
 
 
 def test_it_is_public() -> None:
-    assert postil.judge is judge
+    assert postil.judge is judge_with_chat
     assert postil.ScoreCard is ScoreCard
     assert postil.JudgeOptions is JudgeOptions
     assert NATS.better == "lower"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from tiny import tiny_model, tiny_samples
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import live_digest
 from postil.data import Sample
+from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
-from postil.training.general import kl_gradients
-from postil.training.loop import AdapterWeights, _gradients, _steps, to_device, validate
+from postil.training.general import kl_gradients, split_general
+from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
 from postil.training.optimizer import rate_at
 
 
@@ -92,7 +96,7 @@ def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: lis
     for step in (1, 2, 1):
         weights.grad.zero_()
         if held:
-            kl_gradients(model, weights, resident, samples[:8], options, step, nullcontext)
+            kl_gradients(model, weights, resident, {"prose": samples[:8]}, options, step, nullcontext)
         else:
             _gradients(model, weights, resident, packs, options, step)
         gradients.append(weights.grad.clone())
@@ -193,6 +197,54 @@ def test_a_checkpoint_of_another_recipe_is_refused(
         train(model, samples, out=tmp_path, steps=2, learning_rate=1e-3)
 
 
+def change_manifest(run: Path, **values: Any) -> None:
+    file = run / "checkpoints/step-00000002/manifest.json"
+    manifest = json.loads(file.read_text())
+    machine = manifest["machine"] | values.pop("machine", {})
+    file.write_text(json.dumps(manifest | {"machine": machine} | values))
+
+
+def continued(samples: list[Sample], out: Path) -> list[str]:
+    """What a run of two steps tells when it goes on."""
+    told: list[str] = []
+    model = tiny_model()
+    attach(model, LoraConfig(r=4), seed=1)
+    run(model, samples, [], out=out, name="default", options=TrainOptions(steps=2), tell=told.append)
+    return told
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_is_other(samples: list[Sample], tmp_path: Path) -> None:
+    assert continued(samples, tmp_path) == []
+    assert continued(samples, tmp_path) == ["going on from step 2"]
+    change_manifest(tmp_path, machine={"device": "cuda", "GPU": "NVIDIA L4", "postil": "0.0.1"})
+    first, second = continued(samples, tmp_path)
+    assert first == (
+        "the run continues on another machine or version (device: cuda there, cpu here, GPU: NVIDIA L4 there, None "
+        f"here, postil: 0.0.1 there, {version('postil')} here): its bytes will differ from an unbroken run's"
+    )
+    assert second == "going on from step 2"
+
+
+@pytest.mark.parametrize("packing", [None, PACKING + 1])
+def test_a_run_of_another_packing_is_not_gone_on_with(
+    packing: int | None, samples: list[Sample], tmp_path: Path
+) -> None:
+    continued(samples, tmp_path)
+    change_manifest(tmp_path, packing=packing, machine={"postil": "0.0.1"})
+    with pytest.raises(RunError, match=r"made by postil 0.0.1, which dealt the rows out otherwise than .* --out"):
+        continued(samples, tmp_path)
+
+
+def test_packing_keeps_its_number_as_long_as_steps_hold_the_same() -> None:
+    options = TrainOptions(batch_size=5, accumulation=2, pack_tokens=24, general_share=0.4, general_tokens=12)
+    general = split_general(tiny_samples(9, seed=2), options, tiny_model().base)
+    digest = hashlib.sha256()
+    for step, packs in _steps(tiny_samples(), options, 0, 10, general):
+        for each in packs:
+            digest.update(repr((step, each.rows, each.lengths)).encode() + each.ids.tobytes())
+    assert (PACKING, digest.hexdigest()[:16]) == (1, "f5f4db94c5641d60")  # other steps: raise PACKING
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(model: AdaptedModel, samples: list[Sample]) -> None:
     model.resident("default").flat.fill_(float("inf"))
     with pytest.raises(RunError, match="at step 1; lower the learning rate"):
@@ -233,6 +285,43 @@ def test_the_schedule() -> None:
     cosine = TrainOptions(learning_rate=1.0, warmup=4)
     assert rate_at(5, cosine, 12) == pytest.approx(1.0)
     assert 0 < rate_at(12, cosine, 12) < 0.1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("total", [1, 2, 10, 21, 100, 1000])
+def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: str) -> None:
+    options = TrainOptions(learning_rate=1.0, schedule=schedule)
+    rates = [rate_at(step, options, total) for step in range(1, total + 1)]
+    top = rates.index(max(rates))
+    assert max(rates) == 1.0
+    assert top < max(1, 0.1 * total)
+    assert top + 1 <= 20
+    assert total == 1 or rates[-1] < (0.6 if total == 2 else 0.2)
+    assert all(one <= other for one, other in pairwise(rates[: top + 1]))
+    assert all(one >= other for one, other in pairwise(rates[top:]))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        (0, 10, 0),
+        (0.05, 1000, 20),
+        (0.05, 100, 5),
+        (0.03, 1000, 20),
+        (0.9, 10, 4),
+        (0.9, 1, 0),
+        (4, 12, 4),
+        (20, 10, 9),
+    ],
+)
+def test_warm_up_is_a_share_or_steps(warmup: float, total: int, steps: int) -> None:
+    assert TrainOptions(warmup=warmup).warmup_steps(total) == steps
+
+
+def test_a_warm_up_of_one_and_a_half_steps_is_refused() -> None:
+    assert TrainOptions(warmup=2.0).warmup_steps(100) == 2
+    with pytest.raises(RecipeError, match=r"warmup: a share of the steps below 1, or a whole number of steps"):
+        TrainOptions(warmup=1.5)
 
 
 def test_ctrl_c_saves_and_is_raised(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def judge(
     general: Annotated[
         str, typer.Option(help='Rows {"text"} of what must not get worse; none leaves it out.')
     ] = "shipped",
+    chat: Annotated[
+        str, typer.Option(help='Rows {"prompt"} to answer as the base does; none leaves them out.')
+    ] = "shipped",
     choices: Annotated[str | None, typer.Option(help='Rows {"context", "choices", "answer"}.')] = None,
     pairs: Annotated[str | None, typer.Option(help='Rows {"good", "bad"}: minimal pairs.')] = None,
     lm_eval: Annotated[
@@ -41,6 +44,9 @@ def judge(
     shots: Annotated[int, typer.Option(help="Examples from --train in the base's few-shot prompt.")] = 0,
     train: Annotated[str | None, typer.Option(help="The rows that examples are drawn from.")] = None,
     slices: Annotated[str | None, typer.Option(help="Columns to look at value by value, a,b.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="task: the adapter is only ever asked its own task (else assistant).")
+    ] = None,
     null: Annotated[int, typer.Option(help="Random adapters of equal norm: the noise floor.")] = 0,
     curve: Annotated[bool, typer.Option("--curve", help="Scale the adapter's term from 0 to 1.25.")] = False,
     leakage: Annotated[
@@ -78,7 +84,7 @@ def judge(
 
     flags: dict[str, Any] = {
         "metrics": _words(metrics), "slices": _words(slices), "shots": shots, "null": null,
-        "curve": SCALES if curve else (),
+        "curve": SCALES if curve else (), "scope": scope,
     }  # fmt: skip
     if lm_eval is not None:
         flags["lm_eval"] = {"tasks": _words(lm_eval)}
@@ -89,9 +95,9 @@ def judge(
     opened = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quant=quant)
     with _progress() as watch:
         card = run(
-            opened, adapter, target=target, general=None if general == "none" else general, choices=choices,
-            pairs=pairs, train=train, leaks=leakage, options=options, gate=expression, predictions=predictions,
-            watch=watch, keep=keep, force=force,
+            opened, adapter, target=target, general=None if general == "none" else general,
+            chat=None if chat == "none" else chat, choices=choices, pairs=pairs, train=train, leaks=leakage,
+            options=options, gate=expression, predictions=predictions, watch=watch, keep=keep, force=force,
         )  # fmt: skip
     _print(card)
     result = check(card, expression, in_service) if expression is not None else None

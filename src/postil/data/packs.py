@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from postil import seeds
 from postil.errors import DataError, RecipeError
 
+PACKING = 1  # raised whenever a step of the same data, seed and options would hold other rows, or packs of them
 SHARED_TOKENS = 8  # the fewest that are worth a part of their own
 
 
@@ -40,12 +41,13 @@ Placed = tuple[int, Sample]  # where it begins in its step
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """Whole samples end to end, never padded.
+    """Whole samples end to end, never padded; or parts of them, a beginning of several there once (`pack_shared`).
 
     ids: int64 [T]. positions: int64 [T], from 0 in every sample. weights: float32 [T], as in Sample (so the
-    first token of every sample has 0). lengths: tokens per sample, which sum to T. rows: the samples' rows.
-    starts: where each sample begins in its step, all of whose samples stand in one row of tokens: the same however
-    the step is split into packs.
+    first token of every part has 0). lengths: tokens per part, which sum to T. rows: the parts' rows. starts: where
+    each sample begins in its step, all of whose samples stand in one row of tokens: the same however the step is
+    split into packs (of parts it tells nothing). before: per part the one that it continues (None: it begins by
+    itself); empty where every part is a whole sample.
     """
 
     ids: NDArray[np.int64]
@@ -54,11 +56,22 @@ class Pack:
     weights: NDArray[np.float32]
     rows: tuple[int, ...]
     starts: tuple[int, ...]
+    before: tuple[int | None, ...] = ()
 
     @property
     def target_tokens(self) -> int:
         """How many tokens have loss."""
         return int(np.count_nonzero(self.weights))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(row, tokens) of every whole sample, what it shares with others counted in each."""
+        ends, continued = np.cumsum(self.lengths), set(self.before)
+        return [
+            (row, int(self.positions[end - 1]) + 1)
+            for part, (row, end) in enumerate(zip(self.rows, ends, strict=True))
+            if part not in continued
+        ]
 
     @property
     def step_rows(self) -> NDArray[np.int64]:
@@ -108,13 +121,11 @@ def _check(sample: Sample) -> None:
 class SharedPack:
     """Samples of which neighbours that begin alike have their beginning once.
 
-    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. before: per
-    part the one that it continues (None: it begins by itself). samples: the parts that end the samples, in their
-    order.
+    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. samples: the
+    parts that end the samples, in their order.
     """
 
     pack: Pack
-    before: tuple[int | None, ...]
     samples: tuple[int, ...]
 
 
@@ -142,7 +153,7 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
     for sample in samples:
         _check(sample)
     if not share:
-        return SharedPack(pack(samples), (None,) * len(samples), tuple(range(len(samples))))
+        return SharedPack(pack(samples), tuple(range(len(samples))))
     common = [0, *(shared_tokens(*pair) for pair in itertools.pairwise(samples))]  # with the one before
     parts, starts, before, ends = list[Sample](), list[int](), list[int | None](), list[int]()
 
@@ -169,7 +180,7 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
         grow(0, len(samples), 0, None)
     whole = pack(parts)
     shift = np.repeat(np.array(starts, dtype=np.int64), whole.lengths)
-    return SharedPack(replace(whole, positions=whole.positions + shift), tuple(before), tuple(ends))
+    return SharedPack(replace(whole, positions=whole.positions + shift, before=tuple(before)), tuple(ends))
 
 
 def epoch_steps(
@@ -182,13 +193,15 @@ def epoch_steps(
     epoch: int,
     shuffle: bool = True,
     beside: Callable[[int], Sequence[Sample]] | None = None,
+    share: bool = False,
 ) -> list[list[Pack]]:
     """One epoch: one inner list is one optimiser step of `batch_size` samples (the last one what is left).
 
     A step's samples are dealt into `accumulation` groups (fewer where there are fewer samples) of about equal
     tokens, and each group into packs of at most `pack_tokens` tokens (a longer sample has a pack of its own).
     Every sample comes exactly once; `beside` gives further ones that join the batch of a step (from 0), such as
-    general text. A pure function of its arguments. Raises RecipeError for numbers below 1.
+    general text. share: samples of a pack that begin alike stand together and have their beginning once. A pure
+    function of its arguments. Raises RecipeError for numbers below 1.
     """
     for name, value in (
         ("batch_size", batch_size),
@@ -208,8 +221,18 @@ def epoch_steps(
             batch += beside(len(steps))
         placed = list(zip(_starts(batch), batch, strict=True))
         chosen = [packed for group in _balanced(placed, accumulation) for packed in _first_fit(group, pack_tokens)]
-        steps.append([pack([sample for _, sample in some], [start for start, _ in some]) for some in chosen])
+        steps.append([_packed(some, share) for some in chosen])
     return steps
+
+
+def _packed(placed: Sequence[Placed], share: bool) -> Pack:
+    samples = [sample for _, sample in placed]
+    return pack_shared(_alike_together(samples)).pack if share else pack(samples, [start for start, _ in placed])
+
+
+def _alike_together(samples: Sequence[Sample]) -> list[Sample]:
+    """In an order in which those with a beginning in common, of whatever length, are neighbours."""
+    return sorted(samples, key=lambda sample: sample.ids.tobytes())
 
 
 def _longest_first(samples: Sequence[Placed]) -> list[Placed]:

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from postil.adapter import AdaptedModel
+from postil.base.remembered import Memory
 from postil.data import Sample
 from postil.engine import Answer, Engine, Request
 from postil.engine.engine import eos_ids
 from postil.judging.asking.likelihoods import Adapters, row_losses
-from postil.judging.asking.memory import Memory
 from postil.judging.card.build import NATS, Draw, Measured, stats_of
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
 from postil.judging.probes.probes import Probe
+from postil.judging.sets.chat import Chat, ChatPrompts, ask, base_measures, measure_chat
 from postil.judging.sets.general import General, Scored, measure
 from postil.judging.sets.target import Target
 from postil.judging.subject import Subject
@@ -44,6 +45,7 @@ class Job:
     notes: list[str]
     memory: Memory
     tasks: Tasks | None = None  # of lm-eval
+    prompts: ChatPrompts | None = None
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
     @property
@@ -85,6 +87,32 @@ def likelihoods(
     done = job.counting(phase, len(samples) + job.general.work)
     losses = _per_item(job.target, row_losses(model, samples, adapter, done)) if job.target is not None else []
     return Likelihoods(losses, measure(job.general, model, adapter, other, done))
+
+
+def base_chat(job: Job) -> tuple[Chat, Measured] | None:
+    """The chat prompts with the base's own answers, and its measures on them, asked once for all judged on it."""
+    if job.prompts is None:
+        return None
+    options, total = job.options, len(job.prompts.ids)
+    phase = "chat answers of the base"
+    chat = ask(
+        job.prompts, job.subject.base, options.general.chat_tokens, fresh=options.fresh,
+        done=lambda count: job.watch({"phase": phase, "done": count, "total": total}),
+    )  # fmt: skip
+
+    def make() -> dict[str, Any]:
+        return {"losses": row_losses(job.subject.base, chat.samples, None)}
+
+    asked = [sample.ids.tobytes() + sample.weights.tobytes() for sample in chat.samples]
+    losses = job.memory("chat", asked, make, lambda kept: _pairs(kept["losses"]))
+    return chat, base_measures(chat, losses)
+
+
+def chat_of(job: Job, chat: Chat) -> Measured:
+    """What is judged, on the base's answers to the chat prompts."""
+    subject = job.subject
+    done = job.counting("chat answers of what is judged", 3 * len(chat.samples))
+    return measure_chat(chat, subject.model, subject.weights, subject.other, batch=job.options.batch, done=done)
 
 
 def _per_item(target: Target, losses: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:

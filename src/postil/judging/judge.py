@@ -12,24 +12,26 @@ from transformers import PreTrainedModel
 from postil.adapter import AdaptedModel
 from postil.adapter.identity import published
 from postil.base import Base
+from postil.base.remembered import Memory
 from postil.data import DataOptions, load_data
+from postil.data.shipped import SHIPPED
 from postil.engine.engine import eos_ids
 from postil.errors import JudgeError
-from postil.judging.asking.memory import Memory
 from postil.judging.asking.predictions import lines_of, write_predictions
 from postil.judging.card.build import NATS, Measured, check_columns, part_of, slices_of
 from postil.judging.card.command import Sources, command_of
 from postil.judging.card.model import Part, ScoreCard
 from postil.judging.gate.conditions import check_measures
-from postil.judging.job import Job, Watch, answer_all, answered, base_likelihoods, likelihoods
+from postil.judging.job import Job, Watch, answer_all, answered, base_chat, base_likelihoods, chat_of, likelihoods
 from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.own import is_own
 from postil.judging.options import JudgeOptions
 from postil.judging.probes.probes import Probe, check_probes, leakage_probes
 from postil.judging.probes.probing import against_null, curve, leakage_of
+from postil.judging.sets.chat import MEASURES, chat_part, read_chat
 from postil.judging.sets.general import general_parts, read_general
-from postil.judging.sets.read import SHIPPED, From
+from postil.judging.sets.read import From
 from postil.judging.sets.target import Target, check_answers, few_shot, read_target
 from postil.judging.subject import Judged, Subject, keep_card, opened
 
@@ -45,6 +47,7 @@ def judge(
     *,
     target: From | None = None,
     general: From | None = SHIPPED,
+    chat: From | None = SHIPPED,
     choices: From | None = None,
     pairs: From | None = None,
     train: From | None = None,
@@ -60,16 +63,16 @@ def judge(
 
     judged: an adapter directory, an Adapter, the name of a resident of an AdaptedModel, or a fine-tuned model
     (directory or Base), which is compared in the same way. target: held-out rows of its task. general: running text
-    of what must not get worse (by default the sample that ships with postil; None leaves it out), choices and pairs
-    answered by likelihood. train: rows that few-shot examples are drawn from (options.shots). leaks: rows it was
-    trained on, tried for verbatim leakage. gate: the expression that the card is for, so that a measure misspelt in
-    it is found before the work. predictions: a JSONL for every answer. watch: told {"phase", "done", "total"}. keep:
-    put the card into an Adapter's `card`, or the directory's postil.json, unless that is a published version.
-    force: take an adapter made for another base. Raises JudgeError, DataError, AdapterError, BaseModelError,
-    StorageError.
+    of what must not get worse; chat: prompts of many kinds, to be answered as the base answers them (by default the
+    samples that ship with postil; None leaves one out); choices and pairs answered by likelihood. train: rows that
+    few-shot examples are drawn from (options.shots). leaks: rows it was trained on, tried for verbatim leakage. gate:
+    the expression that the card is for, so that a measure misspelt in it is found before the work. predictions: a
+    JSONL for every answer. watch: told {"phase", "done", "total"}. keep: put the card into an Adapter's `card`, or
+    the directory's postil.json, unless that is a published version. force: take an adapter made for another base.
+    Raises JudgeError, DataError, AdapterError, BaseModelError, StorageError.
     """
     options = options or JudgeOptions()
-    sources = Sources(target, general, choices, pairs, train, leaks)
+    sources = Sources(target, general, chat, choices, pairs, train, leaks)
     if options.shots and (train is None or target is None):
         raise JudgeError("few-shot examples need a target and a training file to draw them from: give --train FILE")
     if not (sources.any_set() or options.lm_eval.tasks):
@@ -87,7 +90,8 @@ def judge(
             )
         job = _prepared(subject, options, sources, watch)
         if gate is not None and job.tasks is None:  # lm-eval's measures are known after its tasks have run
-            check_measures(gate, [*job.metrics, NATS.name] if job.target is not None else None, job.general.measures)
+            known = job.general.measures | ({"chat": MEASURES} if job.prompts is not None else {})
+            check_measures(gate, [*job.metrics, NATS.name] if job.target is not None else None, known)
         card = _judged(job, command_of(judged, subject.base.base, sources, options), predictions)
         if keep:
             keep_card(subject, card)
@@ -113,12 +117,18 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
         if options.shots and target.answers and sources.train is not None:
             few, said = few_shot(target, sources.train, base, options.shots, options.seed)
             notes += said
+    prompts = None
+    if sources.chat is not None:
+        prompts = read_chat(sources.chat, base, options.general.chat_tokens)
+        notes += prompts.notes if prompts is not None else ["no chat is measured: the base has no chat template"]
     looked_at = [[row.value for row in one.rows] for one in general.sets.values()]
+    if prompts is not None:
+        looked_at.append([row.value for row in prompts.rows])
     check_columns(options.slices, [target.values if target is not None else [], *looked_at])
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
     return Job(
         subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
-        Memory(None if subject.base.merged else base, fresh=options.fresh), _tasks(options),
+        Memory(None if subject.base.merged else base, fresh=options.fresh), _tasks(options), prompts,
     )  # fmt: skip
 
 
@@ -183,12 +193,13 @@ def _metrics(target: Target, options: JudgeOptions, notes: list[str]) -> dict[st
         found[metric.name] = metric
         if not is_own(name):
             metric.statistics([""] * len(target.items), target.values)  # what is wrong with the rows is said now
+        notes += metric.look(target.values)
     return found
 
 
 def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard:
     subject, base = job.subject, job.subject.base
-    bare = base_likelihoods(job)
+    bare, chat = base_likelihoods(job), base_chat(job)
     mine = likelihoods(job, subject.model, subject.weights, "likelihoods of what is judged", subject.other)
     answer_all(job)
     measured = {who: answered(job, answers) for who, answers in job.answers.items()}
@@ -198,6 +209,11 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
                             measured.get("few-shot", {}))  # fmt: skip
     options = job.options
     parts = general_parts(job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice)
+    if chat is not None:
+        found, theirs = chat
+        parts["chat"] = chat_part(
+            found, theirs, chat_of(job, found), job.draw, options.slices, options.smallest_slice
+        )
     parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
@@ -210,6 +226,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         null_adapters=options.null,
         curve=curve(job, bare, mine, measured),
         leakage=leakage_of(job),
+        scope=options.scope,
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},

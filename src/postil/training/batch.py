@@ -27,7 +27,13 @@ def spans_of(resident: Resident | None, tokens: int) -> Spans:
 
 def training_spans(resident: Resident | None, pack: Pack, seed: int) -> Spans:
     """As spans_of, with dropout; seed: of the whole step, whose rows its masks are counted by."""
-    if resident is None:
-        return Spans()
+    if resident is None or not resident.config.dropout:
+        return spans_of(resident, len(pack.ids))
     rows = Rows(torch.from_numpy(pack.step_rows).to(resident.flat.device))
     return Spans((Span(0, len(pack.ids), resident.slot, 1.0, seed),), rows)
+
+
+def shares(model: AdaptedModel, resident: Resident | None) -> bool:
+    """Whether the rows of a training pack may have what they begin with in common once: not under dropout, whose mask
+    is each row's own."""
+    return model.shares_beginnings and not (resident is not None and resident.config.dropout)

@@ -26,16 +26,19 @@ from postil.data import Dataset, Pack, Sample, epoch_steps
 from postil.errors import AdapterError, DataError, RecipeError, RunError, listed
 from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device, training_spans
+from postil.training.batch import shares, spans_of, to_device, training_spans
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
-from postil.training.general import General, check_general, kl_gradients, split_general
-from postil.training.guard import Gauge, Guarded, keep
+from postil.training.general import Documents, General, check_general, kl_gradients, split_general
+from postil.training.guard import Gauges, Guarded, keep
 from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
 
+SCALE_FACTOR = 16.0  # the sum of a step's losses is scaled by no more than 1 and no less than LEAST_SCALE …
+LEAST_SCALE = SCALE_FACTOR**-6
+SCALE_STEPS = 100  # … and every so many steps a scale below 1 rises again
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -60,7 +63,7 @@ def train(
     *,
     out: str | Path | None = None,
     valid: Dataset | Sequence[Sample] | None = None,
-    general: Dataset | Sequence[Sample] | None = None,
+    general: Documents | Dataset | Sequence[Sample] | None = None,
     name: str = "default",
     options: TrainOptions | None = None,
     watch: Watcher | None = None,
@@ -70,7 +73,8 @@ def train(
 
     out: the run directory (log.jsonl, TensorBoard, checkpoints; resumed where it holds a checkpoint of the
     same options, data, base and starting values). valid: held-out samples; the best state is kept. general:
-    documents of general text, watched and held to as the options say (guard, kl_weight, general_share).
+    documents of general text, or Documents of prose and chat (training.documents.general_documents), watched and
+    held to as the options say (guard, kl_weight, general_share).
     settings: fields of TrainOptions. `watch` is called with {"step", "loss", …} after every update. Raises
     RunError when loss or gradient is not finite, a checkpoint is another run's or no state stays within the guard
     (the model then holds the untouched one), AdapterError when a module gets no gradient; after Ctrl-C it saves
@@ -78,7 +82,7 @@ def train(
     """
     options = options or TrainOptions(**settings)
     outcome = run(
-        model, _samples(data), _samples(valid), general=_samples(general), out=out, name=name, options=options,
+        model, _samples(data), _samples(valid), general=_documents(general), out=out, name=name, options=options,
         watch=watch,
     )  # fmt: skip
     if outcome.stopped:
@@ -107,7 +111,7 @@ def run(
     out: str | Path | None,
     name: str,
     options: TrainOptions,
-    general: Sequence[Sample] = (),
+    general: Documents | Sequence[Sample] = (),
     watch: Watcher | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
@@ -121,8 +125,8 @@ def run(
     check_form(model.base, options)
     if options.patience is not None and not valid and options.guard is None:
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
-    check_general(options, bool(general))
-    beside = split_general(general, options, model.base) if general else None
+    check_general(options, len(general) > 0)
+    beside = split_general(general, options, model.base) if len(general) else None
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
@@ -167,7 +171,7 @@ def _train(
         progress.best = untouched  # step 0 passes any guard
     del untouched
     begun = progress.step
-    gauge = Gauge.of(model, general.watched, options.pack_tokens, bare) if general is not None else None
+    gauge = Gauges.of(model, general, options.pack_tokens, bare) if general is not None else None
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
@@ -176,15 +180,21 @@ def _train(
         log = stack.enter_context(RunLog(directory, progress.step)) if directory is not None else None
         stop = stack.enter_context(_polite_stop())
         watching = log.total("watch_seconds") if log is not None else 0.0
-        for step, packs in _steps(samples, options, progress.step, progress.step if late else total, general):
+        last, share = progress.step if late else total, shares(model, resident)
+        for step, packs in _steps(samples, options, progress.step, last, general, share):
             started = time.perf_counter()
-            loss, tokens, targets = _gradients(model, weights, resident, packs, options, step)
-            held = _held(model, weights, resident, general, options, step, bare)
-            norm = optimizer.clip()
+            while True:
+                loss, tokens, targets = _gradients(model, weights, resident, packs, options, step, progress.scale)
+                held = _held(model, weights, resident, general, options, step, bare, progress.scale)
+                norm = optimizer.clip()
+                if math.isfinite(norm) or not _overflowed(model, progress, loss):
+                    break
+                weights.grad.zero_()
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                wider = "open the base in bfloat16 or float32 (dtype), " if _in_float16(model) else ""
                 raise RunError(
-                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}) "
-                    f"or look at rows {listed(row for pack in packs for row in pack.rows if row)}; "
+                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}), "
+                    f"{wider}or look at rows {listed(row for pack in packs for row, _ in pack.sizes if row)}; "
                     "checkpoints before this step are kept"
                 )
             if step == 1 and resident is not None:
@@ -192,6 +202,7 @@ def _train(
                     tell(line)
             rate = optimizer.update()
             progress.step = step
+            progress.scale = _risen(progress.scale, step)
             seconds = time.perf_counter() - started
             event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
                      "target_tokens": targets, "seconds": round(seconds, 4), **held}  # fmt: skip
@@ -234,7 +245,11 @@ def check_form(base: Base, options: TrainOptions) -> None:
 
 
 def seconds_per_run(
-    model: AdaptedModel, samples: list[Sample], name: str, options: TrainOptions, documents: Sequence[Sample] = ()
+    model: AdaptedModel,
+    samples: list[Sample],
+    name: str,
+    options: TrainOptions,
+    documents: Documents | Sequence[Sample] = (),
 ) -> float:
     """About how long a run takes: the gradients of its first step, timed the second time; nothing is changed.
 
@@ -242,9 +257,9 @@ def seconds_per_run(
     """
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
-    general = split_general(documents, options, model.base) if documents else None
+    general = split_general(documents, options, model.base) if len(documents) else None
     bare: Bare = weights.origin() if general is not None else nullcontext
-    _, packs = next(_steps(samples, options, 0, 1, general))
+    _, packs = next(_steps(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -255,7 +270,7 @@ def seconds_per_run(
         resident.train(False)
     else:
         model.model.requires_grad_(False)
-    tokens = sum(length for pack in packs for row, length in zip(pack.rows, pack.lengths, strict=True) if row)
+    tokens = sum(size for pack in packs for row, size in pack.sizes if row)
     total = sum(len(sample.ids) for sample in samples) * options.epochs
     if options.steps is not None:
         total = total * options.steps // (math.ceil(len(samples) / options.batch_size) * options.epochs)
@@ -278,7 +293,7 @@ def identity_of(
     if resident is not None:
         fields.append(resident.config.model_dump(mode="json"))
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for kind in (samples, valid, *((general.watched, general.held) if general is not None else ())):
+    for kind in (samples, valid, *(general.kinds if general is not None else ())):
         digest.update(len(kind).to_bytes(8, "big"))
         for sample in kind:
             digest.update(len(sample.ids).to_bytes(8, "big"))
@@ -293,8 +308,17 @@ def _samples(data: Dataset | Sequence[Sample] | None) -> list[Sample]:
     return list(data.samples if isinstance(data, Dataset) else data)
 
 
+def _documents(given: Documents | Dataset | Sequence[Sample] | None) -> Documents:
+    return given if isinstance(given, Documents) else Documents(prose=_samples(given))
+
+
 def _steps(
-    samples: Sequence[Sample], options: TrainOptions, done: int, total: int, general: General | None = None
+    samples: Sequence[Sample],
+    options: TrainOptions,
+    done: int,
+    total: int,
+    general: General | None = None,
+    share: bool = False,
 ) -> Iterator[tuple[int, list[Pack]]]:
     """(step number from 1, its packs) for the steps after `done`: a pure function of data, seed and epoch."""
 
@@ -306,6 +330,7 @@ def _steps(
         steps = epoch_steps(
             samples, batch_size=options.batch_size, accumulation=options.accumulation,
             pack_tokens=options.pack_tokens, seed=options.seed, epoch=epoch, beside=partial(beside, epoch),
+            share=share,
         )  # fmt: skip
         for index, packs in enumerate(steps):
             step = epoch * per_epoch + index + 1
@@ -320,21 +345,28 @@ def _gradients(
     packs: Sequence[Pack],
     options: TrainOptions,
     step: int,
+    scale: float = 1.0,
 ) -> tuple[float, int, int]:
-    """One step's gradients: losses summed over its packs, divided by the target tokens of the whole step."""
+    """One step's gradients, where there were none: losses summed over its packs, divided by its target tokens.
+
+    The backward pass is the sum's (times `scale`), and the division that of float32's flat gradient: in float16 a
+    token's share of the mean is lost, for its least number is 6e-8.
+    """
     targets = sum(int((pack.weights > 0).sum()) for pack in packs)
     loss = 0.0
     seed = derive(options.seed, "dropout", step)
     for pack in packs:
         ids, positions, share = to_device(pack, model)
-        layout = Layout.packed(pack.lengths, training_spans(resident, pack, seed))
+        layout = Layout.packed(pack.lengths, training_spans(resident, pack, seed), pack.before)
         with model.using(layout):
-            total, _, _ = model.loss(ids, positions, share / max(targets, 1))
+            total, _, _ = model.loss(ids, positions, share * scale)
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
         weights.collect()
         loss += float(total.detach())
-    return loss, sum(len(pack.ids) for pack in packs), targets
+    divisor = max(targets, 1) * scale
+    weights.grad.div_(divisor)
+    return loss / divisor, sum(size for pack in packs for _, size in pack.sizes), targets
 
 
 def _held(
@@ -345,14 +377,33 @@ def _held(
     options: TrainOptions,
     step: int,
     bare: Bare,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """The part of a step's gradients that holds the model to its base: kl_loss (nats per token) and kl_seconds."""
-    rows = general.compared(options, step) if general is not None else []
-    if not rows:
+    kinds = general.compared(options, step) if general is not None else {}
+    if not kinds:
         return {}
     began = time.perf_counter()
-    mean = kl_gradients(model, weights, resident, rows, options, step, bare)
-    return {"kl_loss": mean, "kl_seconds": round(time.perf_counter() - began, 4)}
+    means = kl_gradients(model, weights, resident, kinds, options, step, bare, scale)
+    told = {f"kl_{kind}": mean for kind, mean in means.items()} if len(means) > 1 else {}
+    return {"kl_loss": sum(means.values()) / len(means), **told, "kl_seconds": round(time.perf_counter() - began, 4)}
+
+
+def _overflowed(model: AdaptedModel, progress: Progress, loss: float) -> bool:
+    """Whether a gradient that is not finite may be float16's 65,504 alone: the sum is then scaled down further."""
+    if not _in_float16(model) or not math.isfinite(loss) or progress.scale <= LEAST_SCALE:
+        return False
+    progress.scale /= SCALE_FACTOR
+    return True
+
+
+def _risen(scale: float, step: int) -> float:
+    """The scale after step `step`: every SCALE_STEPS one below 1 is tried higher again."""
+    return min(scale * SCALE_FACTOR, 1.0) if step % SCALE_STEPS == 0 else scale
+
+
+def _in_float16(model: AdaptedModel) -> bool:
+    return model.base.dtype == torch.float16
 
 
 @torch.no_grad()
@@ -360,12 +411,13 @@ def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident 
     """Mean nats per target token over held-out samples, dropout off."""
     total, count = 0.0, 0
     steps = epoch_steps(
-        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False
-    )
+        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False,
+        share=model.shares_beginnings,
+    )  # fmt: skip
     for packs in steps:
         for pack in packs:
             ids, positions, weights = to_device(pack, model)
-            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)))):
+            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)), pack.before)):
                 part, _, targets = model.loss(ids, positions, weights)
             total += float(part)
             count += len(targets)

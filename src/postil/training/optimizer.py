@@ -157,7 +157,7 @@ class AdamW:
 
 def rate_at(step: int, options: TrainOptions, total_steps: int) -> float:
     """The learning rate of update `step` (from 1): linear warm-up, then cosine or linear to zero, or constant."""
-    peak, warmup = options.rate, min(options.warmup, max(total_steps - 1, 0))
+    peak, warmup = options.rate, options.warmup_steps(total_steps)
     if step <= warmup:
         return peak * step / warmup
     if options.schedule == "constant":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from postil.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MOST_WARMUP = 20  # steps of a warm-up that is given as a share
 DEFAULT_LEARNING_RATE = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}  # LoRA about 10× full (LoRA Without Regret)
 
 
@@ -17,9 +19,9 @@ class TrainOptions(Settings):
 
     A step takes batch_size rows, in at least `accumulation` packs of at most pack_tokens tokens; its loss is
     divided by the step's target tokens, so the split changes nothing. method qlora: LoRA beside a 4-bit base.
-    learning_rate None: 2e-4 for LoRA, 2e-5 for full fine-tuning. steps overrides epochs. warmup: steps.
-    valid_every, checkpoint_every: steps (None: about ten times a run). patience: validations without gain before
-    an early stop (None: never).
+    learning_rate None: 2e-4 for LoRA, 2e-5 for full fine-tuning. steps overrides epochs. warmup: a share of the
+    run's steps (below 1; at most 20 of them), or so many steps (from 1 on). valid_every, checkpoint_every: steps
+    (None: about ten times a run). patience: validations without gain before an early stop (None: never).
 
     The rest needs general text beside the data, half of its documents to watch and half to hold to. guard: the
     largest rise of its nats per token over the base; the best state within it is kept (None: not asked).
@@ -39,7 +41,7 @@ class TrainOptions(Settings):
     accumulation: int = Field(default=1, ge=1)
     pack_tokens: int = Field(default=4096, ge=16)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: int = Field(default=20, ge=0)
+    warmup: int | float = Field(default=0.05, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -56,6 +58,19 @@ class TrainOptions(Settings):
     general_share: float = Field(default=0.0, ge=0, le=1)
     general_tokens: int = Field(default=128, ge=2)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("warmup")
+    @classmethod
+    def _share_or_steps(cls, warmup: float) -> float:
+        if warmup >= 1 and warmup != int(warmup):
+            raise ValueError("a share of the steps below 1, or a whole number of steps")
+        return int(warmup) if warmup >= 1 else float(warmup)
+
+    def warmup_steps(self, total: int) -> int:
+        """How many of a run's `total` steps the rate rises, never all; of a share, less than half."""
+        if self.warmup < 1:
+            return min(math.ceil(self.warmup * total), MOST_WARMUP, max(total - 1, 0) // 2)
+        return min(int(self.warmup), max(total - 1, 0))
 
     @property
     def rate(self) -> float:

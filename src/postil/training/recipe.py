@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,12 +18,14 @@ from postil.base import Base, load_base
 from postil.base.quiet import quiet
 from postil.base.stored import read_tensor, stored_tensors
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
+from postil.data.shipped import SHIPPED
 from postil.errors import PostilError, RecipeError
 from postil.files import atomic_directory, write_json
 from postil.settings import Settings
 from postil.training.card import card_of
 from postil.training.directory import check_foreign, keep_recipe, only_trainer, read_yaml
-from postil.training.general import check_general, split_general
+from postil.training.documents import general_documents
+from postil.training.general import Documents, split_general, wants_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import TrainOptions
 
@@ -31,9 +33,9 @@ from postil.training.options import TrainOptions
 class Recipe(Settings):
     """What `postil train` runs. Keys: base, data, out, valid (or valid_share, a seeded share held out), dtype,
     device, quant (nf4: the base in 4 bits, which training.method qlora implies), trust_remote_code (let the base's
-    directory run its own code), from_adapter (continue from an adapter's values), general (rows of text that
-    training.guard, kl_weight and general_share read; half of the documents are watched), lora, rows (how the data
-    is read), training."""
+    directory run its own code), from_adapter (continue from an adapter's values), general (rows of text
+    or chat prompts, in one file or several, that training.guard, kl_weight and general_share read, half of them to
+    watch; null is what ships with postil), lora, rows (how the data is read), training."""
 
     where: ClassVar[str] = "recipe"
 
@@ -47,7 +49,7 @@ class Recipe(Settings):
     quant: Literal["nf4"] | None = None
     trust_remote_code: bool = False
     from_adapter: str | None = None
-    general: str | None = None
+    general: str | list[str] | None = None
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
     rows: DataOptions = Field(default_factory=DataOptions)
     training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
@@ -95,7 +97,7 @@ class Job:
     valid: list[Sample]
     dataset: Dataset
     held_out: Dataset | None = None  # where the recipe names a file of its own
-    general: Dataset | None = None  # documents, a sample each
+    general: Documents = field(default_factory=Documents)
 
     def run(self, watch: Watcher | None = None, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         """Train, then write the adapter (or the model) into the run directory; see training.loop.run."""
@@ -103,20 +105,17 @@ class Job:
 
     def seconds(self) -> float:
         """About how long `run` will take on this machine, from one step's gradients."""
-        return seconds_per_run(self.model, self.training, "default", self.recipe.training, self._documents())
+        return seconds_per_run(self.model, self.training, "default", self.recipe.training, self.general)
 
     def general_lines(self) -> list[str]:
         """What is done with the general text, in sentences; none where there is none."""
         options = self.recipe.training
-        return split_general(self._documents(), options, self.base).lines(options) if self.general else []
-
-    def _documents(self) -> list[Sample]:
-        return self.general.samples if self.general is not None else []
+        return split_general(self.general, options, self.base).lines(options) if len(self.general) else []
 
 
-def prepare(recipe: Recipe) -> Job:
-    """Load everything that a recipe names. Raises RecipeError for keys that exclude each other, and what the
-    loaders raise."""
+def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, total: None) -> Job:
+    """Load everything that a recipe names. answered: told how many of the base's own answers to general chat prompts
+    are there, of how many. Raises RecipeError for keys that exclude each other, and what the loaders raise."""
     plain = recipe.lora == LoraConfig()
     if recipe.from_adapter is not None and not plain:
         raise RecipeError("from_adapter brings the adapter's own configuration; leave the lora keys out")
@@ -124,7 +123,6 @@ def prepare(recipe: Recipe) -> Job:
         raise RecipeError("training.method full trains every weight; leave lora and from_adapter out")
     if recipe.training.method == "full" and recipe.quant is not None:
         raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: leave quant out")
-    check_general(recipe.training, recipe.general is not None)
     base = load_base(
         recipe.base,
         dtype=recipe.dtype,
@@ -139,11 +137,12 @@ def prepare(recipe: Recipe) -> Job:
         training, valid = dataset.samples, held_out.samples
     else:
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
-    general = None
-    if recipe.general is not None:  # whole documents, whatever the context: they are cut into windows later
-        options = DataOptions(format="text", skip_bad_lines=recipe.rows.skip_bad_lines)
-        general = load_data(recipe.general, base.tokenizer, options)
     model = attach(base)
+    general = Documents()
+    if recipe.general is not None or wants_general(recipe.training):
+        general = general_documents(
+            model, recipe.general or SHIPPED, skip_bad_lines=recipe.rows.skip_bad_lines, done=answered
+        )
     if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
@@ -159,7 +158,7 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
     with only_trainer(out):
         keep_recipe(out, fields, lambda values: Recipe.parse(values).model_dump(mode="json"))
         outcome = run(
-            job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
+            job.model, job.training, job.valid, general=job.general, out=out, name="default",
             options=recipe.training, watch=watch, tell=tell,
         )  # fmt: skip
         if outcome.stopped:

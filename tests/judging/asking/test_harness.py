@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import yaml
 from postil.adapter import Adapter, attach, detach
 from postil.base import Base
 from postil.errors import JudgeError
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import HarnessOptions, JudgeOptions
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's own
@@ -129,6 +132,61 @@ def test_a_base_measures_what_lm_evals_own_model_does(
         scale = 100 if measure.unit == "%" else 1
         assert measure.base.value == pytest.approx(wanted[name] * scale, rel=1e-4)
         assert measure.better == ("lower" if "perplexity" in name or "bits" in name else "higher")
+
+
+BLIMP = {  # as the harness' own _template_yaml
+    "output_type": "multiple_choice",
+    "doc_to_text": "",
+    "doc_to_target": 0,
+    "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+    "num_fewshot": 0,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+QUESTIONS = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{context}}\nAnswer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "acc_bytes")
+    ],
+}
+SENTENCES = [
+    {"sentence_good": f"{first} went {word}.", "sentence_bad": f"{second} went {word}."}
+    for first, second in (("They", "Them"), ("Who", "Whom"), ("She", "Her"))
+    for word in ("home", "out", "there", "away", "a-b")
+]
+WORDS = ("one", "two of them", "3", "ÄÖÜ", "none", "all, I think", "so", "why", "größer", "a b c d e")
+ASKED = [
+    {"context": f"What is {n}?", "choices": [WORDS[n * step % 10] for step in (1, 3, 7, 9)], "answer": n % 4}
+    for n in range(40)
+    if n % 10 not in (0, 5)
+]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(BLIMP, SENTENCES), (QUESTIONS, ASKED)], ids=["pairs", "choices"])
+def test_pairs_and_choices_are_scored_as_lm_eval_does(
+    kind: dict[str, Any], rows: list[dict[str, Any]], base: Base, tmp_path: Path
+) -> None:
+    from postil.judging.options import GeneralOptions
+    from postil.judging.sets.general import measure, read_general
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "task.yaml"
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    told = {"task": "tiny", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **kind}
+    file.write_text(yaml.safe_dump(told))
+    wanted = theirs(base, str(file))
+    pairs, choices = (rows, None) if kind is BLIMP else (None, rows)
+    model = attach(base)
+    (found,) = measure(read_general(None, choices, pairs, base, GeneralOptions(), 0), model, None).parts.values()
+    detach(model)
+    names = {"accuracy": "acc", "accuracy_per_character": "acc_norm", "accuracy_per_byte": "acc_bytes"}
+    shared = {name: stats for name, stats in found.items() if names.get(name) in wanted}
+    assert len(shared) == len(kind["metric_list"])
+    for name, stats in shared.items():
+        assert stats[:, 0].mean() == pytest.approx(100 * wanted[names[name]]), name
+    assert len({stats[:, 0].mean() for stats in shared.values()} - {0.0, 100.0}) > (0 if kind is BLIMP else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,12 +32,16 @@ def pairs(*completions: str) -> list[dict[str, Any]]:
     [
         (pairs("yes", "no") * 3, "accuracy", "2 labels"),
         (pairs("yes", "no", "yes"), "exact_match", "short"),
+        (pairs("yes") * 3, "accuracy", "every answer is the same label"),
+        (pairs('{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {}}'), "exact_calls", "are calls"),
         (pairs("ab cd", "ef", "gh"), "exact_match", "short"),
         (pairs("It is so, I think.", "Where do you want to go?"), "bleu", "free text"),
         (pairs("2 + 3 = 5\n#### 5", "#### 6"), "number", "####"),
         ([{"references": ["a b c d", "e"]}, {"references": ["f"]}], "bleu", "several references"),
         ([{"references": ["dos", "two"]}, {"references": ["drei"]}], "exact_match", "several count"),
-        ([{"tools": [{"name": "f"}], "calls": []}], "exact_calls", "tools"),
+        ([{"references": ["a b c d", "a b c d"]}, {"references": ["f g h i j"]}], "bleu", "free text"),
+        ([{"tools": [{"name": "f"}], "calls": [{"name": "f", "arguments": {}}]}], "exact_calls", "tools"),
+        ([{"tools": [{"name": "f"}], "calls": []}], "refusals", "want no call"),
     ],
 )
 def test_the_guess(rows: list[dict[str, Any]], name: str, because: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from postil.adapter import Adapter
 from postil.base import Base, load_base
 from postil.base.cache import cache_directory
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import JudgeOptions
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 ROWS = [{"prompt": f"say {n}", "completion": f"{n}!"} for n in range(6)]
 PAIRS = [{"good": "a b", "bad": "b a"}, {"good": "one two", "bad": "two"}]

@@ -1,4 +1,4 @@
-"""What a bare base said to a judging, kept in the user's cache, so that a second adapter is judged without it."""
+"""What a bare base said, to a judging or to a training that holds to it, kept in the user's cache."""
 
 from __future__ import annotations
 
