@@ -1,4 +1,4 @@
-"""Spans and layouts: taking rows, cutting, tables, checks, packed sequences."""
+"""Spans and layouts: taking rows, cutting, checks, packed sequences."""
 
 from __future__ import annotations
 
@@ -53,17 +53,6 @@ def test_within_keeps_what_applies_to_each_row_of_the_range(spans: Spans, a: int
     cut = spans.within(start, end)
     cut.check(end - start)
     assert per_row(cut, end - start) == per_row(spans, ROWS)[start:end]
-
-
-def test_table() -> None:
-    rows, scales = Spans((Span(0, 3, 2, 0.5), Span(3, 4, 1))).table()
-    assert rows.dtype == torch.int32
-    assert rows.tolist() == [[0, 3, 2], [3, 4, 1]]
-    assert scales.dtype == torch.float32
-    assert scales.tolist() == [0.5, 1.0]
-    rows, scales = Spans().table()
-    assert rows.shape == (0, 3)
-    assert scales.shape == (0,)
 
 
 @pytest.mark.parametrize("span", [Span(-1, 2, 0), Span(0, 6, 0), Span(3, 3, 0), Span(4, 2, 0)])

@@ -40,10 +40,6 @@ class DenseProjection:
         bias = self.module.bias
         return bias if isinstance(bias, torch.Tensor) else None
 
-    @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[1 if self.conv1d else 0])
-
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b."""
         return matmul(x, self.weight.T if self.conv1d else self.weight, self.bias)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from postil.errors import InternalError
 
@@ -55,14 +55,6 @@ class Spans:
         """The spans of rows `start`..`end` alone, counted from `start`."""
         return Spans.of(
             replace(item, start=max(item.start, start) - start, end=min(item.end, end) - start) for item in self.items
-        )
-
-    def table(self, device: torch.device | str = "cpu") -> tuple[Int[torch.Tensor, "n 3"], Float[torch.Tensor, " n"]]:
-        """int32 [n, 3] (first row, end row, slot) and float32 scale [n]: what a device kernel reads."""
-        rows = [(item.start, item.end, item.slot) for item in self.items]
-        return (
-            torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3),
-            torch.tensor([item.scale for item in self.items], dtype=torch.float32, device=device),
         )
 
     def check(self, rows: int) -> None:

@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Float
 from torch.autograd.function import once_differentiable
 
+from postil.errors import AdapterError
 from postil.kernels.layout import Span, Spans
 from postil.seeds import derive
 
 
 class Projection(Protocol):
     """A frozen linear map d_in → d_out; its weight is looked up at every call, never captured."""
-
-    @property
-    def d_out(self) -> int: ...
 
     @property
     def bias(self) -> torch.Tensor | None: ...
@@ -94,8 +92,9 @@ def adapted_linear(
     """The outputs of every member of `group` for the packed rows `x`.
 
     x: [tokens, d_in] in the compute dtype; returns per member [tokens, d_out] in the same dtype. Spans whose
-    slot is not in the group's bank leave the rows as the base has them. Gradients flow to x and to the
-    slots' float tensors, never to the base.
+    slot is not in the group's bank are of adapters that leave the group alone (the caller has seen that they are
+    attached): the rows stay as the base has them. Gradients flow to x and to the slots' float tensors, never to the
+    base; a backward pass after one of the slots was taken out of the bank raises AdapterError.
     """
     spans.check(x.shape[0])
     used = tuple(item for item in spans.items if item.slot in group.slots)
@@ -166,6 +165,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *hidden = ctx.saved_tensors
         group: Group = ctx.group
+        if not all(slot in group.slots for slot in ctx.slots):
+            raise AdapterError("an adapter was removed after the forward pass; go backward before removing it")
         dx: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
             for member, grad in zip(group.members, grads, strict=True):
