@@ -93,7 +93,7 @@ def wrapped_layer(owner: AdaptedModel, original: Callable[..., Any]) -> Callable
         layout, spans = owner.layout, owner.spans_now
 
         def run(*inner: Any, **named: Any) -> Any:
-            with owner.again(layout, spans):
+            with owner.under(layout, spans):
                 return original(*inner, **named)
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
