@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,10 +20,12 @@ from postil.adapter.config import LoraConfig
 from postil.adapter.layers import (
     OWNER,
     attention_modules,
+    layer_forward,
     length_dependent_rotaries,
     our_attention,
-    per_sequence_rotary,
-    wrapped_layer,
+    owned,
+    plain_forward,
+    rotary_forward,
 )
 from postil.adapter.linear import slow_projections
 from postil.adapter.residents import resident_of
@@ -73,23 +74,27 @@ class AdaptedModel:
         for module, projection in slow_projections(self.model):
             self._wiring.stand_in(module, projection.matmul)
         for layer in decoder_layers(self.model)[1]:
-            self._wiring.stand_in(layer, wrapped_layer(self, layer.forward))
+            self._wiring.stand_in(layer, owned(layer_forward, self, layer.forward))
         for rotary in length_dependent_rotaries(self.model):
-            self._wiring.stand_in(rotary, per_sequence_rotary(self, rotary, rotary.forward))
-        self._wiring.stand_in(self.model, self._plain_call(self.model.forward))
+            self._wiring.stand_in(rotary, owned(rotary_forward, self, rotary.forward, rotary))
+        self._wiring.stand_in(self.model, owned(plain_forward, self, self.model.forward))
 
-    def _plain_call(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A plain call in its turn; it leaves no activation behind, even where it fails or uses part of a group."""
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise AdapterError(
+            "a model with adapters attached cannot be copied or pickled: save the adapter (save_adapter), detach, "
+            "copy the base, and attach the adapter to the copy"
+        )
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self.turn:
-                try:
-                    return original(*args, **kwargs)
-                finally:
-                    self._wiring.forget()
+    def forget(self) -> None:
+        """Let go of activations that modules keep for each other within a pass."""
+        self._wiring.forget()
 
-        return forward
+    def versions(self, spans: Spans) -> dict[int, int]:
+        """How often the values of the adapters of these spans were written to, by slot (inference tensors count
+        nothing)."""
+        slots = {item.slot for item in spans.items}
+        found = [resident for resident in self.residents.values() if resident.slot in slots]
+        return {one.slot: 0 if one.flat.is_inference() else one.flat._version for one in found}
 
     def take_off(self) -> None:
         """Give every module its own forward back; the base is as it was before `attach`."""
@@ -271,7 +276,7 @@ class AdaptedModel:
                     yield
             finally:
                 self.layout, self.spans_now = before
-                self._wiring.forget()
+                self.forget()
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [tokens, dim] of a flat batch (ids, positions: int64 [tokens]), inside `using`."""
