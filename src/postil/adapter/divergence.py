@@ -53,7 +53,7 @@ def base_states(
     """Hidden states of the base alone on these rows, whatever the spans of the Layout in force."""
     if model.layout is None or model.layout.store is not None:
         raise InternalError("base_states() needs a Layout in force, and one without a key-value store")
-    with bare(), model.again(replace(model.layout, spans=Spans()), None):
+    with bare(), model.under(replace(model.layout, spans=Spans()), None):
         return model.hidden(ids, positions).index_select(0, rows)
 
 

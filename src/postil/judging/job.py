@@ -11,8 +11,9 @@ import numpy as np
 from postil.adapter import AdaptedModel
 from postil.base.remembered import Memory
 from postil.data import Sample
-from postil.engine import Answer, Engine, Request
+from postil.engine import Answer, Engine, Request, unbroken
 from postil.engine.engine import eos_ids
+from postil.errors import AnswerError, JudgeError
 from postil.judging.asking.likelihoods import Adapters, row_losses
 from postil.judging.card.build import NATS, Draw, Measured, stats_of
 from postil.judging.metrics.metric import Metric
@@ -190,9 +191,14 @@ def _of_base(job: Job, requests: Sequence[Request], phase: str) -> list[Answer]:
 
 
 def run(job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str) -> list[Answer]:
-    """The answers to requests, in one engine."""
+    """The answers to requests, in one engine. Raises JudgeError where one broke off: half an answer is no answer to
+    score, and what overflows is not fit to serve, whatever its other answers are worth."""
     with Engine(model, max_batch=job.options.batch) as engine:
-        return engine.run(requests, lambda n: job.watch({"phase": phase, "done": n, "total": len(requests)}))
+        found = engine.run(requests, lambda n: job.watch({"phase": phase, "done": n, "total": len(requests)}))
+    try:
+        return unbroken(found)
+    except AnswerError as problem:
+        raise JudgeError(f"{phase}: {problem}") from None
 
 
 def answered(job: Job, answers: Sequence[Answer]) -> Measured:

@@ -27,8 +27,8 @@ from yaml import YAMLError
 
 from postil.adapter import AdaptedModel
 from postil.data import Sample
-from postil.engine import Engine, Request
-from postil.errors import JudgeError, PostilError, listed, nearest
+from postil.engine import Engine, Request, unbroken
+from postil.errors import AnswerError, JudgeError, PostilError, listed, nearest
 from postil.judging.asking.likelihoods import Done, token_scores
 from postil.judging.card.build import Draw, measured, part_of
 from postil.judging.card.model import DataUsed, Part
@@ -147,7 +147,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         with Engine(self._model, max_batch=self._batch) as engine:
             answers = engine.run(asked, add)
-        return [answer.text for answer in answers]
+        try:
+            return [answer.text for answer in unbroken(answers)]
+        except AnswerError as problem:
+            raise JudgeError(f"lm-eval: {problem}") from None
 
 
 @dataclass(frozen=True, slots=True)
