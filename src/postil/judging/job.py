@@ -13,7 +13,8 @@ from postil.data import Sample
 from postil.engine import Answer, Engine, Request
 from postil.engine.engine import eos_ids
 from postil.judging.asking.likelihoods import Adapters, row_losses
-from postil.judging.asking.memory import Memory
+from postil.judging.asking.memory import Keep, Memory
+from postil.judging.asking.predictions import answer_line
 from postil.judging.card.build import NATS, Draw, Measured, stats_of
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
@@ -43,6 +44,8 @@ class Job:
     watch: Watch
     notes: list[str]
     memory: Memory
+    own: Memory = field(default_factory=lambda: Memory(None))  # of what is judged, as `memory` is of the base
+    tell: Callable[[dict[str, Any]], None] = lambda _: None  # each answer as it comes
     tasks: Tasks | None = None  # of lm-eval
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
@@ -97,9 +100,18 @@ def _per_item(target: Target, losses: Sequence[tuple[float, int]]) -> list[tuple
 
 def base_likelihoods(job: Job) -> Likelihoods:
     """Likelihoods of the bare base, asked once for all that is judged on it."""
+    return _kept(job, job.memory, lambda: likelihoods(job, job.subject.base, None, "likelihoods of the base"))
 
+
+def own_likelihoods(job: Job) -> Likelihoods:
+    """Likelihoods of what is judged, found again where an earlier judging of it was stopped."""
+    subject, phase = job.subject, "likelihoods of what is judged"
+    return _kept(job, job.own, lambda: likelihoods(job, subject.model, subject.weights, phase, subject.other))
+
+
+def _kept(job: Job, memory: Memory, ask: Callable[[], Likelihoods]) -> Likelihoods:
     def make() -> dict[str, Any]:
-        found = likelihoods(job, job.subject.base, None, "likelihoods of the base")
+        found = ask()
         parts = {
             part: {name: stats.tolist() for name, stats in measured.items()}
             for part, measured in found.general.parts.items()
@@ -123,7 +135,7 @@ def base_likelihoods(job: Job) -> Likelihoods:
         options = {name: [_pairs(question) for question in found] for name, found in kept["options"].items()}
         return Likelihoods(_pairs(kept["losses"]), Scored(parts, options))
 
-    return job.memory("likelihoods", asked(), make, read)
+    return memory("likelihoods", asked(), make, read)
 
 
 def _pairs(values: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
@@ -139,32 +151,41 @@ def answer_all(job: Job) -> None:
     zero = [target.request(None, item.ids, context) for item in target.items]
     mine = [target.request(subject.name, item.ids, context) for item in target.items]
     few = [target.request(None, ids, context) for ids in job.few_ids]
-    job.answers = {"base": _of_base(job, zero, "answers of the base")}
-    job.answers["adapter"] = run(job, subject.model, mine, "answers of what is judged")
+    job.answers = {"base": _asked(job, "base", zero, "answers of the base")}
+    job.answers["adapter"] = _asked(job, "adapter", mine, "answers of what is judged")
     if few:
-        job.answers["few-shot"] = _of_base(job, few, "answers of the base with examples")
+        job.answers["few-shot"] = _asked(job, "few-shot", few, "answers of the base with examples")
 
 
-def _of_base(job: Job, requests: Sequence[Request], phase: str) -> list[Answer]:
-    """The bare base's answers, asked once for all that is judged on it."""
-    asked = [repr((list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
+def _asked(job: Job, side: str, requests: Sequence[Request], phase: str) -> list[Answer]:
+    """The answers of a side, each told and kept as it comes, so that a judging that was stopped goes on there."""
+    assert job.target is not None
+    items = job.target.items
+    model, memory = (job.subject.model, job.own) if side == "adapter" else (job.subject.base, job.memory)
+    common = repr((job.options.batch, sorted(eos_ids(model))))
+    asked = [repr((common, list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
 
-    def read(kept: Any) -> list[Answer]:
-        found = [Answer(**one | {key: tuple(one[key]) for key in ("ids", "margins")}) for one in kept["answers"]]
-        if len(found) != len(requests):
-            raise ValueError("there is not one answer for each request")
-        return found
+    def make(places: Sequence[int], keep: Keep) -> None:
+        left = [requests[place] for place in places]
+        run(job, model, left, phase, lambda n, answer: keep(places[n], asdict(answer)))
 
-    return job.memory(
-        "answers", [repr((job.options.batch, sorted(eos_ids(job.subject.base)))).encode(), *asked],
-        lambda: {"answers": [asdict(one) for one in run(job, job.subject.base, requests, phase)]}, read,
+    def read(kept: Any) -> Answer:
+        return Answer(**kept | {key: tuple(kept[key]) for key in ("ids", "margins")})
+
+    return memory.each(
+        "answers", asked, make, read, lambda n, answer: job.tell(answer_line(items[n], side, answer))
     )  # fmt: skip
 
 
-def run(job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str) -> list[Answer]:
+def run(
+    job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str,
+    finished: Callable[[int, Answer], None] = lambda _, __: None,
+) -> list[Answer]:  # fmt: skip
     """The answers to requests, in one engine."""
     with Engine(model, max_batch=job.options.batch) as engine:
-        return engine.run(requests, lambda n: job.watch({"phase": phase, "done": n, "total": len(requests)}))
+        return engine.run(
+            requests, lambda n: job.watch({"phase": phase, "done": n, "total": len(requests)}), finished
+        )  # fmt: skip
 
 
 def answered(job: Job, answers: Sequence[Answer]) -> Measured:
