@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from postil.data import Sample
 from postil.engine import Answer, Engine, Request
 from postil.engine.engine import eos_ids
 from postil.judging.asking.likelihoods import Adapters, row_losses
-from postil.judging.asking.memory import Keep, Memory
+from postil.judging.asking.memory import Keep, Memory, asked_of
 from postil.judging.asking.predictions import answer_line
 from postil.judging.card.build import NATS, Draw, Measured, stats_of
 from postil.judging.metrics.metric import Metric
@@ -151,41 +152,50 @@ def answer_all(job: Job) -> None:
     zero = [target.request(None, item.ids, context) for item in target.items]
     mine = [target.request(subject.name, item.ids, context) for item in target.items]
     few = [target.request(None, ids, context) for ids in job.few_ids]
-    job.answers = {"base": _asked(job, "base", zero, "answers of the base")}
-    job.answers["adapter"] = _asked(job, "adapter", mine, "answers of what is judged")
-    if few:
-        job.answers["few-shot"] = _asked(job, "few-shot", few, "answers of the base with examples")
+    sides = [("base", subject.base, zero, "answers of the base"),
+             ("adapter", subject.model, mine, "answers of what is judged"),
+             ("few-shot", subject.base, few, "answers of the base with examples")]  # fmt: skip
+    for side, model, asked, phase in sides:
+        if asked:
+            lines = partial(_line, job, target, side)
+            job.answers[side] = run(job, model, asked, phase, lines)
 
 
-def _asked(job: Job, side: str, requests: Sequence[Request], phase: str) -> list[Answer]:
-    """The answers of a side, each told and kept as it comes, so that a judging that was stopped goes on there."""
-    assert job.target is not None
-    items = job.target.items
-    model, memory = (job.subject.model, job.own) if side == "adapter" else (job.subject.base, job.memory)
-    common = repr((job.options.batch, sorted(eos_ids(model))))
-    asked = [repr((common, list(one.ids or ()), one.max_new_tokens, one.stop)).encode() for one in requests]
-
-    def make(places: Sequence[int], keep: Keep) -> None:
-        left = [requests[place] for place in places]
-        run(job, model, left, phase, lambda n, answer: keep(places[n], asdict(answer)))
-
-    def read(kept: Any) -> Answer:
-        return Answer(**kept | {key: tuple(kept[key]) for key in ("ids", "margins")})
-
-    return memory.each(
-        "answers", asked, make, read, lambda n, answer: job.tell(answer_line(items[n], side, answer))
-    )  # fmt: skip
+def _line(job: Job, target: Target, side: str, place: int, answer: Answer) -> None:
+    job.tell(answer_line(target.items[place], side, answer))
 
 
 def run(
     job: Job, model: AdaptedModel, requests: Sequence[Request], phase: str,
-    finished: Callable[[int, Answer], None] = lambda _, __: None,
+    tell: Callable[[int, Answer], None] = lambda _, __: None,
 ) -> list[Answer]:  # fmt: skip
-    """The answers to requests, in one engine."""
-    with Engine(model, max_batch=job.options.batch) as engine:
-        return engine.run(
-            requests, lambda n: job.watch({"phase": phase, "done": n, "total": len(requests)}), finished
-        )  # fmt: skip
+    """The answers to requests, in one engine; those of the bare base and of what is judged are kept as they come, so
+    that a judging that was stopped goes on there. tell: told each as it is known, with its place."""
+
+    def make(places: Sequence[int], keep: Keep) -> None:
+        left = [requests[place] for place in places]
+        with Engine(model, max_batch=job.options.batch) as engine:
+            engine.run(
+                left,
+                lambda n: job.watch({"phase": phase, "done": n, "total": len(left)}),
+                lambda n, answer: keep(places[n], asdict(answer)),
+            )
+
+    def read(kept: Any) -> Answer:
+        return Answer(**kept | {key: tuple(kept[key]) for key in ("ids", "margins")})
+
+    common = repr((job.options.batch, sorted(eos_ids(model)))).encode()
+    asked = [common + asked_of(one, number, model) for number, one in enumerate(requests, 1)]
+    return _memory_of(job, model, requests).each("answers", asked, make, read, tell)
+
+
+def _memory_of(job: Job, model: AdaptedModel, requests: Sequence[Request]) -> Memory:
+    """Where the answers to requests are kept: with the base's, with those of what is judged, or nowhere (those of
+    random adapters and of other scales)."""
+    names, subject = {one.adapter for one in requests}, job.subject
+    if model is subject.model and names == {subject.name}:
+        return job.own
+    return job.memory if model is subject.base and names == {None} else Memory(None)
 
 
 def answered(job: Job, answers: Sequence[Answer]) -> Measured:

@@ -28,7 +28,7 @@ from postil.engine import Answer, Engine, Request
 from postil.engine.engine import eos_ids
 from postil.errors import JudgeError, PostilError, listed, nearest
 from postil.judging.asking.likelihoods import Done, token_scores
-from postil.judging.asking.memory import Keep, Memory
+from postil.judging.asking.memory import Keep, Memory, asked_of
 from postil.judging.card.build import Draw, measured, part_of
 from postil.judging.card.model import DataUsed, Part
 from postil.judging.metrics.metric import Metric, Statistics, mean_of
@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     top_k=int(options.get("top_k") or 0), seed=number,
                 )
             )  # fmt: skip
-        common = (self._batch, sorted(eos_ids(self._model)))
+        common = repr((self._batch, sorted(eos_ids(self._model)))).encode()
 
         def make(places: Sequence[int], keep: Keep) -> None:
             done = self._counting(len(places))
@@ -150,7 +150,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             with Engine(self._model, max_batch=self._batch) as engine:
                 engine.run([asked[place] for place in places], finished=add)
 
-        told = [repr((common, list(one.ids or ()), replace(one, ids=None, adapter=None))).encode() for one in asked]
+        told = [common + asked_of(one, number, self._model) for number, one in enumerate(asked, 1)]
         return self._memory.each("lm-eval answers", told, make, str)
 
 

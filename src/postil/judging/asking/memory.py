@@ -8,14 +8,18 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from postil.adapter import AdaptedModel
 from postil.base import Base
 from postil.base.cache import cache_directory
+from postil.engine import Request
+from postil.engine.request import prompt_ids
 from postil.errors import StorageError
 from postil.files import write_text
 from postil.kernels.dense import instructions
@@ -112,6 +116,13 @@ class Memory:
         for one in asked:
             digest.update(len(one).to_bytes(8, "little") + one)
         return place() / f"{digest.hexdigest()}.{suffix}"
+
+
+def asked_of(request: Request, number: int, model: AdaptedModel) -> bytes:
+    """What a request asks, whoever answers: its tokens and how an answer is generated."""
+    ids = prompt_ids(request, number, model.base.tokenizer)
+    how = replace(request, ids=None, prompt=None, messages=None, tools=None, adapter=None, label="")
+    return repr((ids, how)).encode()
 
 
 def place() -> Path:
