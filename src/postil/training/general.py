@@ -115,7 +115,8 @@ def check_general(options: TrainOptions, given: bool) -> None:
 
 
 def split_general(documents: Documents | Sequence[Sample], options: TrainOptions, base: Base) -> General:
-    """Half of the documents to watch, half to hold to, of each kind; the halves never change.
+    """The documents to watch and those to hold to: half of the prose each, a quarter of the chats and the rest, for
+    what an adapter must not answer elsewhere has many kinds; the parts never change.
 
     The watched windows are spread evenly over their half. The split depends on the documents alone, so that
     runs with other options or seeds watch the same. A document's end of sequence parts it from the next
@@ -124,16 +125,16 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
     given = documents if isinstance(documents, Documents) else Documents(prose=documents)
     end = getattr(base.tokenizer, "eos_token_id", None)
     whole = [list(parts) for _, parts in groupby((_open(one, end) for one in given.prose), key=lambda one: one.row)]
-    halves = _halves(whole)
+    halves = _parted(whole, 2)
     watch, hold = (min(size, base.context or size) for size in (WINDOW, options.general_tokens))
     watched, held = _windows(halves[0], watch), _windows(halves[1], hold)
     chats = [replace(one, row=0) for one in given.chat if one.target_tokens]
-    chat_watched, chat_held = _halves(chats)
+    chat_watched, chat_held = _parted(chats, 4)
     if not (watched or chat_watched):
         raise RecipeError("the general rows have no document of two tokens or more to watch; give a longer one")
     if not (held or chat_held) and (options.kl_weight or options.general_share):
         raise RecipeError(
-            f"there is {len(whole) + len(chats)} general document, and half of them are watched; "
+            f"there is {len(whole) + len(chats)} general document, and some must be watched; "
             "kl_weight and general_share need at least one more"
         )
     return General(
@@ -142,11 +143,11 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
     )  # fmt: skip
 
 
-def _halves(documents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The documents in two halves, by chance and always the same."""
+def _parted(documents: Sequence[Any], part: int) -> tuple[list[Any], list[Any]]:
+    """One `part`th of the documents and the rest, by chance and always the same."""
     order = np.random.Generator(np.random.PCG64(derive(0, "general"))).permutation(len(documents))
-    middle = (len(documents) + 1) // 2
-    return [documents[int(index)] for index in order[:middle]], [documents[int(index)] for index in order[middle:]]
+    first = -(-len(documents) // part)
+    return [documents[int(index)] for index in order[:first]], [documents[int(index)] for index in order[first:]]
 
 
 def _spread(found: Sequence[Sample], most: int) -> list[Sample]:
