@@ -12,6 +12,7 @@ __all__ = [
     "AdaptedModel",
     "Adapter",
     "AdapterError",
+    "AnswerError",
     "Base",
     "BaseModelError",
     "DataError",
@@ -52,6 +53,7 @@ _HOME = {
     "AdaptedModel": "postil.adapter",
     "Adapter": "postil.adapter",
     "AdapterError": "postil.errors",
+    "AnswerError": "postil.errors",
     "Base": "postil.base",
     "BaseModelError": "postil.errors",
     "DataError": "postil.errors",
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from postil.engine import Engine, Request
     from postil.errors import (
         AdapterError,
+        AnswerError,
         BaseModelError,
         DataError,
         GateError,

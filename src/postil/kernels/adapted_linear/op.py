@@ -96,9 +96,11 @@ def adapted_linear(
     """The outputs of every member of `group` for the packed rows `x`.
 
     x: [tokens, d_in] in the compute dtype; returns per member [tokens, d_out] in the same dtype. Spans whose
-    slot is not in the group's bank leave the rows as the base has them. Gradients flow to x and to the
-    slots' float tensors, never to the base; the backward pass raises RuntimeError, as torch's own ops do, where an A
-    or B was written to since. Raises AdapterError where an adapter lies on another device than x.
+    slot is not in the group's bank are of adapters that leave the group alone (the caller has seen that they are
+    attached): the rows stay as the base has them. Gradients flow to x and to the slots' float tensors, never to the
+    base. The backward pass raises AdapterError where one of the slots was taken out of the bank since, RuntimeError,
+    as torch's own ops do, where an A or B was written to. Raises AdapterError where an adapter lies on another
+    device than x.
     """
     spans.check(x.shape[0])
     used = replace(spans, items=tuple(item for item in spans.items if item.slot in group.slots))
@@ -188,6 +190,8 @@ class _AdaptedLinear(torch.autograd.Function):
         group: Group = ctx.group
         spans: Spans = ctx.spans
         slots: dict[int, AdapterSlot] = ctx.slots
+        if any(group.slots.get(number) is not slot for number, slot in slots.items()):
+            raise AdapterError("an adapter was removed after the forward pass; go backward before removing it")
         dx: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
             for member, grad in zip(group.members, grads, strict=True):
