@@ -18,7 +18,7 @@ from postil.base.quantise import quantise_model
 from postil.data import Sample, pack
 from postil.errors import RunError
 from postil.training import TrainOptions, train
-from postil.training.general import kl_gradients
+from postil.training.holding import BaseStates, kl_gradients
 from postil.training.loop import AdapterWeights, FullWeights, _gradients, _risen
 
 TARGETS = 4096
@@ -65,7 +65,7 @@ def holding(model: AdaptedModel, weights: Any, resident: Any, options: TrainOpti
     if resident is None:
         weights.flat.add_(torch.randn(weights.flat.shape, generator=torch.Generator().manual_seed(2)), alpha=1e-2)
         weights.publish()
-    mean = kl_gradients(model, weights, resident, {"prose": rows()}, options, 1, bare)["prose"]
+    mean = kl_gradients(model, weights, resident, {"prose": rows()}, options, 1, BaseStates(bare))["prose"]
     weights.grad.sub_(1e-3)
     return mean
 

@@ -27,7 +27,8 @@ from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
-from postil.training.general import kl_gradients, split_general
+from postil.training.general import split_general
+from postil.training.holding import BaseStates, kl_gradients
 from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
 from postil.training.optimizer import rate_at
 
@@ -96,7 +97,7 @@ def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: lis
     for step in (1, 2, 1):
         weights.grad.zero_()
         if held:
-            kl_gradients(model, weights, resident, {"prose": samples[:8]}, options, step, nullcontext)
+            kl_gradients(model, weights, resident, {"prose": samples[:8]}, options, step, BaseStates(nullcontext))
         else:
             _gradients(model, weights, resident, packs, options, step)
         gradients.append(weights.grad.clone())

@@ -157,18 +157,32 @@ def _progress() -> Iterator[Watch]:
 
 
 def _print(card: ScoreCard) -> None:
+    from postil.judging.gate.margins import bound
+    from postil.reporting.card_page import most_of
+    from postil.reporting.card_words import sentence
+
     parts = {"target": card.target} if card.target is not None else {}
     parts |= {f"general.{name}": part for name, part in card.general.items()}
     few = any(part.few_shot for part in parts.values())
     spread = any(measure.z is not None for part in parts.values() for measure in part.measures.values())
-    heads = ["measure", "base", *(["few-shot"] if few else []), "adapter", "difference", "verdict", "visible from"]
+    heads = [
+        "measure",
+        "base",
+        *(["few-shot"] if few else []),
+        "adapter",
+        "difference",
+        "verdict",
+        "allowed",
+        "visible from",
+    ]
     table = [[*heads, *(["z"] if spread else [])]]
     for path, part in parts.items():
         for name, measure in part.measures.items():
             shown = path if name == part.main and path != "target" else f"{path}.{name}"
-            table.append([shown, *_cells(measure, part, name, few, spread)])
+            table.append([shown, *_cells(measure, part, name, few, spread, most_of(path, part, name))])
         for shown, measure in _worst_slices(path, part):
-            table.append([shown, *_cells(measure, part, "", few, spread)])
+            most = bound(path.removeprefix("general."), part.main, measure, sliced=True)
+            table.append([shown, *_cells(measure, part, "", few, spread, most)])
     for row in _aligned(table):
         console.out.print(row, soft_wrap=True)
     for line in [*_lines(card), *card.notes]:
@@ -189,7 +203,7 @@ def _aligned(table: list[list[str]]) -> Iterator[Text]:
         yield line
 
 
-def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> list[str]:
+def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool, most: str) -> list[str]:
     digits = 1 if m.unit in ("%", "points") else 4
     shot = part.few_shot.get(name)
     return [
@@ -198,6 +212,7 @@ def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> lis
         f"{m.adapter.value:.{digits}f}",
         f"{m.difference.value:+.{digits}f} ({m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f})",
         m.told,
+        most,
         "too few rows" if m.too_few else f"{m.detectable:.{digits}f} {m.unit}",
         *([f"{m.z:+.1f}" if m.z is not None else ""] if spread else []),
     ]
@@ -234,24 +249,3 @@ def _lines(card: ScoreCard) -> Iterator[str]:
         told += f", adapter on rows it never saw {found.held_out.value:.1f}%" if found.held_out is not None else ""
         rows = f"; rows {', '.join(map(str, found.worst_rows))}" if found.worst_rows else ""
         yield f"leakage ({found.matched_tokens} tokens word for word, {found.rows} training rows): {told}{rows}"
-
-
-def sentence(card: ScoreCard) -> str:
-    """The card in one sentence: the target's verdict, then that on general text."""
-    told = []
-    if card.target is not None:
-        told.append(_said(card.target.measures[card.target.main], "on the target", card.target.main))
-    for name in [name for name in ("nats", "pairs", "choices") if name in card.general][:1]:
-        part = card.general[name]
-        told.append(_said(part.measures[part.main], "in general", f"general.{name}"))
-    text = "; ".join(told)
-    return f"{text[0].upper()}{text[1:]}." if text else "Nothing was measured."
-
-
-def _said(m: Comparison, where: str, name: str) -> str:
-    digits = 1 if m.unit in ("%", "points") else 3
-    moved = f"{name} {m.base.value:.{digits}f} → {m.adapter.value:.{digits}f} {m.unit}"
-    if m.verdict == "no evidence":
-        return f"no evidence {where}: {moved}, and {m.reach}"
-    ends = f"{m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f}"
-    return f"{m.verdict} {where}: {moved} ({m.difference.value:+.{digits}f}, {ends})"

@@ -76,17 +76,25 @@ class Engine:
         """The names that a request may give."""
         return list(self.model.residents)
 
-    def run(self, requests: Sequence[Request], done: Callable[[int], None] = lambda _: None) -> list[Answer]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        done: Callable[[int], None] = lambda _: None,
+        finished: Callable[[int, Answer], None] = lambda _, __: None,
+    ) -> list[Answer]:
         """Answers in the order of the requests, those that broke off among them (`unbroken` refuses these).
         Raises RequestError before any work is done.
 
-        done: told after each step how many answers are finished.
+        done: told after each step how many answers are finished. finished: told each answer then, with its place.
         """
         rows = [self._row(request, number) for number, request in enumerate(requests, 1)]
         work = self._work(rows)
+        left = dict(enumerate(rows))
         while work.busy:
             work.step()
-            done(sum(row.finish is not None for row in rows))
+            for place in [place for place, row in left.items() if row.finish is not None]:
+                finished(place, left.pop(place).answer())
+            done(len(rows) - len(left))
         return [row.answer() for row in rows]
 
     def stream(self, request: Request) -> Iterator[str]:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from postil.adapter import AdaptedModel
-from postil.base.remembered import Memory
 from postil.data import Sample
 from postil.data.messages import check_messages
 from postil.data.template import end_of_turn
 from postil.engine.engine import Engine, eos_ids
+from postil.engine.memory import Memory
 from postil.engine.request import Answer, Request, prompt_ids
 from postil.errors import DataError, RequestError, listed
 

@@ -87,8 +87,8 @@ class JudgeOptions(Settings):
         is then on its card and of which no damage to chat is refused.
     null: random adapters of equal norm (0, or 2 and more); curve: scales of the adapter's term to measure.
         null_answers, curve_answers: generate answers there too, not only likelihoods (slow).
-    batch: rows that decode together. fresh: ask the bare base anew, though what it said to an earlier judging of the
-        same questions is kept in the user's cache. level: of the intervals.
+    batch: rows that decode together. fresh: ask base and adapter anew, though what they said to an earlier judging of
+        the same questions is kept in the user's cache. level: of the intervals.
     """
 
     where: ClassVar[str] = "judge"

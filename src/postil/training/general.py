@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -11,16 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from postil.adapter.bank import Resident
-from postil.adapter.divergence import Bare, kl_to_base
-from postil.adapter.model import AdaptedModel
 from postil.base import Base
-from postil.data import Sample, epoch_steps
+from postil.data import Sample
 from postil.errors import RecipeError
-from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import to_device, training_spans
-from postil.training.optimizer import Trainable
 from postil.training.options import TrainOptions
 
 WINDOW = 512  # tokens of a watched window
@@ -197,61 +191,3 @@ def _drawn(rows: Sequence[Sample], seed: int, purpose: str, step: int, count: in
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(seed)).permutation(count)
-
-
-def kl_gradients(
-    model: AdaptedModel,
-    weights: Trainable,
-    resident: Resident | None,
-    kinds: Mapping[str, Sequence[Sample]],
-    options: TrainOptions,
-    step: int,
-    bare: Bare,
-    scale: float = 1.0,
-) -> dict[str, float]:
-    """Add the gradient of kl_weight · mean over the kinds of mean KL(base||adapted) over a kind's tokens; returns the
-    mean of each kind (nats per token).
-
-    Divided by its own tokens, whatever the target's rows are, and split into packs as they are; the backward pass is
-    the sum's (times `scale`), as the target's is. It costs a forward pass of the base and a training pass over these
-    rows.
-    """
-    return {
-        kind: _kl_of(model, weights, resident, rows, options.kl_weight / len(kinds), options, step, kind, bare, scale)
-        for kind, rows in kinds.items()
-    }
-
-
-def _kl_of(
-    model: AdaptedModel,
-    weights: Trainable,
-    resident: Resident | None,
-    rows: Sequence[Sample],
-    weight: float,
-    options: TrainOptions,
-    step: int,
-    kind: str,
-    bare: Bare,
-    scale: float,
-) -> float:
-    """Add the gradient of weight · mean KL over the tokens of rows of one kind; returns the mean."""
-    (packs,) = epoch_steps(
-        rows, batch_size=len(rows), accumulation=options.accumulation, pack_tokens=options.pack_tokens,
-        seed=0, epoch=0, shuffle=False,
-    )  # fmt: skip
-    tokens = sum(pack.target_tokens for pack in packs)
-    divisor = tokens * scale / weight
-    weights.grad.mul_(divisor)  # what is there already: one buffer, so that a whole model needs no second
-    mean = 0.0
-    seed = derive(options.seed, "dropout", step, "general", kind)
-    for pack in packs:
-        ids, positions, share = to_device(pack, model)
-        targets = share.nonzero(as_tuple=True)[0]
-        with model.using(Layout.packed(pack.lengths, training_spans(resident, pack, seed))):
-            total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
-            if total.requires_grad:
-                (total * scale).backward()  # type: ignore[no-untyped-call]
-        weights.collect()
-        mean += float(total.detach()) / tokens
-    weights.grad.div_(divisor)
-    return mean

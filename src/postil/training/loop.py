@@ -30,8 +30,9 @@ from postil.training.batch import shares, spans_of, to_device, training_spans
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.directory import only_trainer
-from postil.training.general import Documents, General, check_general, kl_gradients, split_general
+from postil.training.general import Documents, General, check_general, split_general
 from postil.training.guard import Gauges, Guarded, keep
+from postil.training.holding import BaseStates, kl_gradients
 from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
@@ -171,6 +172,7 @@ def _train(
         progress.best = untouched  # step 0 passes any guard
     del untouched
     begun = progress.step
+    states = BaseStates(bare) if options.kl_weight else None
     gauge = Gauges.of(model, general, options.pack_tokens, bare) if general is not None else None
     valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
@@ -185,7 +187,7 @@ def _train(
             started = time.perf_counter()
             while True:
                 loss, tokens, targets = _gradients(model, weights, resident, packs, options, step, progress.scale)
-                held = _held(model, weights, resident, general, options, step, bare, progress.scale)
+                held = _held(model, weights, resident, general, options, step, states, progress.scale)
                 norm = optimizer.clip()
                 if math.isfinite(norm) or not _overflowed(model, progress, loss):
                     break
@@ -259,12 +261,13 @@ def seconds_per_run(
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     general = split_general(documents, options, model.base) if len(documents) else None
     bare: Bare = weights.origin() if general is not None else nullcontext
+    states = BaseStates(bare)
     _, packs = next(_steps(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
         _gradients(model, weights, resident, packs, options, 1)
-        _held(model, weights, resident, general, options, 1, bare)
+        _held(model, weights, resident, general, options, 1, states)
         seconds = time.perf_counter() - began
     if resident is not None:
         resident.train(False)
@@ -376,15 +379,15 @@ def _held(
     general: General | None,
     options: TrainOptions,
     step: int,
-    bare: Bare,
+    states: BaseStates | None,
     scale: float = 1.0,
 ) -> dict[str, float]:
     """The part of a step's gradients that holds the model to its base: kl_loss (nats per token) and kl_seconds."""
     kinds = general.compared(options, step) if general is not None else {}
-    if not kinds:
+    if not kinds or states is None:
         return {}
     began = time.perf_counter()
-    means = kl_gradients(model, weights, resident, kinds, options, step, bare, scale)
+    means = kl_gradients(model, weights, resident, kinds, options, step, states, scale)
     told = {f"kl_{kind}": mean for kind, mean in means.items()} if len(means) > 1 else {}
     return {"kl_loss": sum(means.values()) / len(means), **told, "kl_seconds": round(time.perf_counter() - began, 4)}
 

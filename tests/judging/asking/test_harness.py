@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from postil.adapter import Adapter, attach, detach
-from postil.base import Base
+from postil.base import Base, load_base
 from postil.errors import JudgeError
 from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import HarnessOptions, JudgeOptions
@@ -281,6 +281,45 @@ def test_an_adapter_that_overflows_is_no_perfect_one(base: Base, note: Adapter, 
     tensors = {key: value * 1e30 for key, value in note.tensors.items()}
     with pytest.raises(JudgeError):
         judge(base, replace(note, tensors=tensors), general=None, options=options(task("word")), keep=False)
+
+
+def test_the_base_is_asked_once_for_all_adapters(
+    make_base: Callable[..., Base], note: Adapter, task: Callable[..., str], tmp_path: Path
+) -> None:
+    made = make_base()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    opposite = {key: -value if "lora_B" in key else value for key, value in note.tensors.items()}
+    other = replace(note, tensors=opposite, card={})
+    files = [task("choice"), task("generated"), task("rolling")]
+
+    def asked(adapter: Adapter, **more: Any) -> tuple[Any, set[str]]:
+        phases: set[str] = set()
+        base, told = load_base(tmp_path / "base"), options(*files, limit=8, **more)
+        card = judge(base, adapter, general=None, options=told, watch=lambda e: phases.add(e["phase"]), force=True)
+        return card.general, {phase for phase in phases if phase.startswith("lm-eval")}
+
+    first, phases = asked(note)
+    assert phases == {"lm-eval of the base", "lm-eval of what is judged"}
+    second, phases = asked(other)
+    assert phases == {"lm-eval of what is judged"}
+    for name, part in first.items():
+        for measure, one in part.measures.items():
+            assert second[name].measures[measure].base == one.base
+    assert asked(note) == (first, set())
+    assert "lm-eval of the base" in asked(note, shots=0, chat=True)[1]
+
+
+def test_whatever_a_tasks_own_code_raises_is_one_sentence(
+    base: Base, note: Adapter, task: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("class Odd(Exception):\n    pass\n\n\ndef target(doc):\n    raise Odd('no')\n")
+    file = Path(task("word"))
+    file.write_text(
+        file.read_text().replace("doc_to_target: ' {{choices[0]}}'", "doc_to_target: !function own.target")
+    )
+    with pytest.raises(JudgeError, match=r"lm-eval could not run .*: no"):
+        judge(base, note, general=None, options=options(str(file)), keep=False)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from postil.errors import JudgeError
 from postil.judging.metrics import METRICS, default_metric, metric_named
+from postil.judging.metrics.options import OwnOptions
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -21,6 +24,30 @@ def test_every_measure_has_its_name_and_refuses_unknown_options(name: str) -> No
 def test_an_unknown_name_tells_the_nearest_and_all() -> None:
     with pytest.raises(JudgeError, match=r"'belu' \(did you mean 'bleu'\?\); known: exact_match, .*regex.*file\.py"):
         metric_named("belu")
+
+
+def table_of_measures() -> dict[str, set[str]]:
+    """Every measure in the table of docs/judging.md, with the options that stand beside it."""
+    page = (Path(__file__).parents[3] / "docs/judging.md").read_text(encoding="utf-8")
+    section = page.partition("### Measures of answers")[2].partition("\n### ")[0]
+    found = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            names, _, options = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|"))
+            found |= {name: set(options) for name in names}
+    return found
+
+
+def test_the_page_names_every_measure_with_its_options() -> None:
+    table = table_of_measures()
+    own = table.pop("FILE.py:FUNCTION")
+    assert list(table) == list(METRICS)
+    assert own == set(OwnOptions.model_fields)
+    for name, options in table.items():
+        with pytest.raises(JudgeError) as problem:
+            metric_named(name, {"q": 1})
+        known = str(problem.value).partition("known: ")[2].split(", ")
+        assert options == set(known) - {"none"}, name
 
 
 def pairs(*completions: str) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from postil.adapter import AdaptedModel
 from postil.base import Base
@@ -134,11 +135,17 @@ def _alike(starts: Sequence[tuple[int, ...]]) -> list[bool]:
 
 
 def chat_part(
-    chat: Chat, base: Measured, adapter: Measured, draw: Draw, columns: Sequence[str], smallest: int
+    chat: Chat,
+    base: Measured,
+    adapter: Measured,
+    draw: Draw,
+    columns: Sequence[str],
+    smallest: int,
+    defined: Mapping[str, Any] | None = None,
 ) -> Part:
-    """The card's general part "chat": prompts are the units of the bootstrap."""
+    """The card's general part "chat": prompts are the units of the bootstrap. defined: as part_of."""
     rows = [row.value for row in chat.prompts.rows]
     slices, _ = slices_of(rows, columns, smallest)
     tokens = sum(sample.target_tokens for sample in chat.samples)
     data = chat.prompts.data.model_copy(update={"tokens": tokens})
-    return part_of(data, "nats", MEASURES, base, adapter, draw, slices=slices)
+    return part_of(data, "nats", MEASURES, base, adapter, draw, slices=slices, defined=defined)

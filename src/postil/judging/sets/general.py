@@ -129,9 +129,15 @@ def measure(
 
 
 def general_parts(
-    general: General, base: Scored, adapter: Scored, draw: Draw, columns: Sequence[str], smallest: int
+    general: General,
+    base: Scored,
+    adapter: Scored,
+    draw: Draw,
+    columns: Sequence[str],
+    smallest: int,
+    defined: Mapping[str, Any] | None = None,
 ) -> dict[str, Part]:
-    """The card's general parts: windows, questions and pairs are the units of the bootstrap."""
+    """The card's general parts: windows, questions and pairs are the units of the bootstrap. defined: as part_of."""
     out = {}
     for name, found in adapter.parts.items():
         options = general.sets.get(name)
@@ -140,5 +146,6 @@ def general_parts(
         rows: list[Mapping[str, Any]] = [row.value for row in options.rows] if options is not None else []
         slices, _ = slices_of(rows, columns, smallest)
         main = next(iter(found))
-        out[name] = part_of(data, main, MEASURES[name], base.parts[name], found, draw, slices=slices)
+        out[name] = part_of(data, main, MEASURES[name], base.parts[name], found, draw, slices=slices,
+                            defined=defined)  # fmt: skip
     return out
