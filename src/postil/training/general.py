@@ -15,7 +15,7 @@ from postil.base import Base
 from postil.data import Sample
 from postil.errors import RecipeError
 from postil.seeds import derive
-from postil.training.options import TrainOptions
+from postil.training.options import Settled, TrainOptions
 
 WINDOW = 512  # tokens of a watched window
 CHATS = 4  # watched conversations for each watched window
@@ -54,7 +54,12 @@ class General:
         """Everything that is watched and held."""
         return self.watched, self.held, self.chat_watched, self.chat_held
 
-    def mixed(self, options: TrainOptions, step: int) -> list[Sample]:
+    @property
+    def watched_tokens(self) -> int:
+        """All tokens of a look at what is watched."""
+        return sum(len(one.ids) for one in (*self.watched, *self.chat_watched))
+
+    def mixed(self, options: Settled, step: int) -> list[Sample]:
         """The rows that join those of step `step` (general_share), half of them conversations where there are both
         kinds, a pure function of seed and step."""
         count = max(1, round(options.general_share * options.batch_size)) if options.general_share else 0
@@ -63,7 +68,7 @@ class General:
         prose = _drawn(self.held, options.seed, "mix", step, count - chats) if count > chats else []
         return prose + _drawn(self.chat_held, options.seed, "mix chat", step, chats)
 
-    def compared(self, options: TrainOptions, step: int) -> dict[str, list[Sample]]:
+    def compared(self, options: Settled, step: int) -> dict[str, list[Sample]]:
         """By kind, the kl_rows rows on which step `step` compares adapter and base (kl_weight), likewise."""
         count = options.kl_rows if options.kl_weight else 0
         drawn = {
@@ -72,14 +77,11 @@ class General:
         }
         return {kind: rows for kind, rows in drawn.items() if rows}
 
-    def lines(self, options: TrainOptions) -> list[str]:
+    def lines(self, options: Settled) -> list[str]:
         """What is done with them, in sentences for the user."""
-        kinds = {"prose": self.watched, "chat": self.chat_watched}
-        told = " and ".join(
-            f"{sum(one.target_tokens for one in watched):,} tokens of {kind}"
-            for kind, watched in kinds.items()
-            if watched
-        )
+        kinds = [("prose", self.watched), ("chat", self.chat_watched)]
+        counts = [(kind, sum(one.target_tokens for one in watched)) for kind, watched in kinds if watched]
+        told = " and ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in counts)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"
         lines = [f"general ability: {self.documents} documents; {told} watched at each validation{bound}"]
         held = [
