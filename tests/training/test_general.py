@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_documents, tiny_model, tiny_samples
+from tiny import options_of, tiny_documents, tiny_model, tiny_samples
 
 from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.data import Sample
 from postil.errors import RecipeError
 from postil.kernels.layout import Layout, Span, Spans, positions_of
-from postil.training import TrainOptions, train
+from postil.training import train
 from postil.training.general import Documents, General, split_general
 from postil.training.holding import BaseStates, kl_gradients
 from postil.training.loop import AdapterWeights, FullWeights, _gradients, _steps
@@ -41,7 +41,7 @@ def tokens(windows: tuple[Sample, ...]) -> set[int]:
 
 def test_watched_and_held_windows_come_from_different_documents() -> None:
     documents = [document(row, 700, 1000 * row) for row in range(1, 8)]
-    general = split_general(documents, TrainOptions(general_tokens=100), base())
+    general = split_general(documents, options_of(general_tokens=100), base())
     assert general.documents == 7
     watched, held = tokens(general.watched), tokens(general.held)
     assert {token // 1000 for token in watched} | {token // 1000 for token in held} == set(range(1, 8))
@@ -53,27 +53,27 @@ def test_watched_and_held_windows_come_from_different_documents() -> None:
 
 def test_other_options_and_seeds_watch_the_same_text() -> None:
     documents = [document(row, 300, 1000 * row) for row in range(1, 8)]
-    first = split_general(documents, TrainOptions(), base()).watched
-    second = split_general(documents, TrainOptions(seed=4, kl_weight=1.0, general_tokens=10), base()).watched
+    first = split_general(documents, options_of(), base()).watched
+    second = split_general(documents, options_of(seed=4, kl_weight=1.0, general_tokens=10), base()).watched
     assert [window.ids.tolist() for window in first] == [window.ids.tolist() for window in second]
 
 
 def test_fewer_windows_are_spread_over_their_half() -> None:
     documents = [document(row, 512, 1000 * row) for row in range(1, 13)]
-    every = split_general(documents, TrainOptions(), base()).watched
-    some = split_general(documents, TrainOptions(watch_windows=3), base()).watched
+    every = split_general(documents, options_of(), base()).watched
+    some = split_general(documents, options_of(watch_windows=3), base()).watched
     assert len(every) == 6
     assert [window.ids[0] for window in some] == [every[index].ids[0] for index in (0, 2, 4)]
 
 
 def test_a_base_with_a_short_context_is_watched_in_short_windows() -> None:
-    general = split_general([document(1, 300), document(2, 300)], TrainOptions(), base(context=64))
+    general = split_general([document(1, 300), document(2, 300)], options_of(), base(context=64))
     assert {len(window.ids) for window in (*general.watched, *general.held)} == {64}
 
 
 def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     pieces = [document(1, 60), document(1, 40, 60), document(2, 50)]
-    general = split_general(pieces, TrainOptions(general_tokens=128), base(end=99))
+    general = split_general(pieces, options_of(general_tokens=128), base(end=99))
     (whole,) = next(part for part in (general.watched, general.held) if len(part[0].ids) == 100)
     assert whole.ids.tolist() == list(range(100))
     assert whole.weights[99] == 0  # the end of sequence
@@ -84,12 +84,12 @@ def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     ("documents", "options", "said"),
     [
         ([document(1, 1)], {}, "no document of two tokens or more to watch"),
-        ([document(1, 90)], {"kl_weight": 1.0}, "there is 1 general document, and half of them"),
+        ([document(1, 90)], {"kl_weight": 1.0}, "there is 1 general document, and some must be watched"),
     ],
 )
 def test_too_little_text(documents: list[Sample], options: dict[str, float], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        split_general(documents, TrainOptions(**options), base())
+        split_general(documents, options_of(**options), base())
 
 
 def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample]) -> None:
@@ -98,27 +98,29 @@ def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample
             train(model, samples, **{name: 0.5})
 
 
-def test_conversations_are_halved_apart_and_stay_whole() -> None:
+def test_conversations_are_parted_and_stay_whole() -> None:
     chats = [document(row, 20 + row, 1000 * row) for row in range(1, 12)]
     given = Documents(prose=[document(1, 90), document(2, 90)], chat=chats)
-    general = split_general(given, TrainOptions(watch_windows=1), base())
+    general = split_general(given, options_of(watch_windows=1), base())
     assert general.documents == 13
-    assert len(general.chat_watched) == 4  # for each window that may be watched
-    assert len(general.chat_held) == 5
+    assert len(general.chat_watched) == 3  # a quarter
+    assert len(general.chat_held) == 8
     starts = [int(one.ids[0]) for one in (*general.chat_watched, *general.chat_held)]
-    assert len(set(starts)) == 9
+    assert len(set(starts)) == 11
+    many = Documents(chat=[document(row, 20, 1000 * row) for row in range(1, 40)])
+    assert len(split_general(many, options_of(watch_windows=1), base()).chat_watched) == 4  # for each window
     whole = {int(one.ids[0]): len(one.ids) for one in chats}
     assert all(len(one.ids) == whole[int(one.ids[0])] and one.row == 0 for one in general.chat_held)
-    alone = split_general(Documents(chat=chats), TrainOptions(kl_weight=1.0), base())
+    alone = split_general(Documents(chat=chats), options_of(kl_weight=1.0), base())
     assert alone.watched == alone.held == ()
-    assert set(alone.compared(TrainOptions(kl_weight=1.0), 1)) == {"chat"}
+    assert set(alone.compared(options_of(kl_weight=1.0), 1)) == {"chat"}
 
 
 def test_mixed_rows_are_of_both_kinds_by_turns() -> None:
     chats = [document(row, 20, 1000 * row) for row in range(1, 12)]
     given = Documents(prose=[document(1, 90, 100_000), document(2, 90, 200_000)], chat=chats)
     for share, counts in ((0.125, [(0, 1), (1, 0)]), (0.375, [(1, 2), (2, 1)]), (0.5, [(2, 2), (2, 2)])):
-        options = TrainOptions(general_share=share, general_tokens=10)
+        options = options_of(general_share=share, general_tokens=10)
         general = split_general(given, options, base())
         found = []
         for step in (1, 2):
@@ -132,7 +134,7 @@ def test_mixed_rows_are_of_both_kinds_by_turns() -> None:
 
 
 def test_every_window_comes_once_before_any_comes_again() -> None:
-    options = TrainOptions(kl_weight=1.0, kl_rows=3, general_tokens=10)
+    options = options_of(kl_weight=1.0, kl_rows=3, general_tokens=10)
     general = split_general([document(1, 200), document(2, 100)], options, base())
     count = len(general.held)
     assert count % 3  # the border between two rounds lies within a step
@@ -146,7 +148,7 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
 
 
 def test_general_rows_join_every_step_and_no_row_of_the_data_is_lost() -> None:
-    samples, options = tiny_samples(), TrainOptions(general_share=0.3, accumulation=2, general_tokens=16)
+    samples, options = tiny_samples(), options_of(general_share=0.3, accumulation=2, general_tokens=16)
     general = split_general(tiny_documents(), options, base())
     steps = list(_steps(samples, options, 0, 6, general))
     rows = [[row for pack in packs for row in pack.rows] for _, packs in steps]
@@ -174,7 +176,7 @@ def test_kl_is_divided_by_its_own_tokens_and_any_split_gives_the_same(accumulati
     model = tiny_model()
     attach(model, LoraConfig(r=4), seed=1)
     weights, resident = trained(model), model.resident("default")
-    options = TrainOptions(kl_weight=0.5, kl_rows=5, general_tokens=12, accumulation=accumulation)
+    options = options_of(kl_weight=0.5, kl_rows=5, general_tokens=12, accumulation=accumulation)
     general = split_general(tiny_documents(), options, model.base)
     (mean,) = kl_gradients(
         model, weights, resident, general.compared(options, 1), options, 1, BaseStates(nullcontext)
@@ -203,7 +205,7 @@ def test_a_step_with_everything_on_does_not_depend_on_the_split(accumulation: in
         model = tiny_model()
         attach(model, LoraConfig(r=4, dropout=0.3), seed=1)
         weights, resident = trained(model), model.resident("default")
-        options = TrainOptions(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
+        options = options_of(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
         general = split_general(tiny_documents(), options, model.base)
         _, packs = next(_steps(tiny_samples(), options, 0, 1, general))
         assert len(packs) == count
@@ -217,7 +219,7 @@ def test_full_fine_tuning_is_held_to_the_weights_it_began_with() -> None:
     model = tiny_model()
     weights = FullWeights.of(model.model)
     bare = weights.origin()
-    options = TrainOptions(method="full", kl_weight=1.0, general_tokens=12)
+    options = options_of(method="full", kl_weight=1.0, general_tokens=12)
     rows = split_general(tiny_documents(), options, model.base).compared(options, 1)
     assert kl_gradients(model, weights, None, rows, options, 1, BaseStates(bare)) == {
         "prose": pytest.approx(0, abs=1e-6)
@@ -241,7 +243,7 @@ def test_every_compared_token_weighs_the_same_whatever_its_kind() -> None:
         model = tiny_model()
         attach(model, LoraConfig(r=4), seed=1)
         weights, resident = trained(model), model.resident("default")
-        options = TrainOptions(kl_weight=0.5, kl_rows=2, general_tokens=12)
+        options = options_of(kl_weight=0.5, kl_rows=2, general_tokens=12)
         given = Documents(prose=tiny_documents(), chat=tiny_samples())
         drawn = split_general(given, options, model.base).compared(options, 1)
         rows = {kind: drawn[kind] for kind in kinds}
@@ -282,7 +284,7 @@ def test_rows_that_begin_alike_are_held_to_as_if_they_did_not() -> None:
         model = tiny_model()
         attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
         weights, resident = trained(model), model.resident("default")
-        options = TrainOptions(kl_weight=0.5)
+        options = options_of(kl_weight=0.5)
         kl_gradients(model, weights, resident, {"chat": rows}, options, 1, BaseStates(nullcontext))
         grads.append(weights.grad.clone())
     assert grads[0].abs().max() > 1e-4
@@ -317,7 +319,7 @@ def test_kl_weight_and_general_rows_keep_the_base_nearer() -> None:
 
 def test_what_is_done_with_the_text_is_said() -> None:
     general = General((document(1, 4),), (document(2, 4),), 6)
-    watched, *steps = general.lines(TrainOptions(guard=0.05, kl_weight=0.5, general_share=0.25))
+    watched, *steps = general.lines(options_of(guard=0.05, kl_weight=0.5, general_share=0.25))
     assert watched == (
         "general ability: 6 documents; 3 tokens of prose watched at each validation; "
         "no state more than 0.05 nats above the base is kept"
@@ -327,6 +329,6 @@ def test_what_is_done_with_the_text_is_said() -> None:
         "each step: 2 general rows among its rows",
     ]
     both = General((document(1, 4),), (document(2, 4),), 6, (document(3, 9),), (document(4, 9),))
-    watched, step = both.lines(TrainOptions(kl_weight=0.5))
+    watched, step = both.lines(options_of(kl_weight=0.5))
     assert "3 tokens of prose and 8 tokens of chat watched" in watched
     assert step == "each step: 0.5 × KL to the base over general rows, 2 of prose (64 tokens) and 2 of chat"

@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 import pytest
 import torch
-from tiny import tiny_model, tiny_samples
+from tiny import options_of, tiny_model, tiny_samples
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import live_digest
@@ -58,7 +58,7 @@ def test_accumulation_gives_the_same_gradient(accumulation: int, config: LoraCon
         attach(model, config, seed=1)
         resident = model.resident("default")
         weights = AdapterWeights.of(resident)
-        options = TrainOptions(accumulation=count)
+        options = options_of(accumulation=count)
         _, packs = next(_steps(samples, options, 0, 1))
         assert len(packs) == count
         _gradients(model, weights, resident, packs, options, 1)
@@ -111,7 +111,7 @@ def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:
     attach(model, LoraConfig(r=4), seed=1)
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
-    options = TrainOptions(batch_size=8)
+    options = options_of()
     _, (pack,) = next(_steps(samples, options, 0, 1))
     _gradients(model, weights, resident, [pack], options, 1)
     packed = weights.grad.clone()
@@ -152,14 +152,14 @@ KILLED = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from tiny import tiny_model, tiny_samples
+from tiny import options_of, tiny_model, tiny_samples
 from postil.adapter import LoraConfig, attach
 from postil.training import train
 model = tiny_model()
 attach(model, LoraConfig(r=4, dropout=0.1, target_modules="all-linear"), seed=1)
 print("ready", flush=True)
 train(model, tiny_samples(), out={out!r}, valid=tiny_samples(5, 3), epochs=8, accumulation=2, checkpoint_every=2,
-      valid_every=4, watch=lambda event: print(event["step"], flush=True))
+      valid_every=4, patience=0, watch=lambda event: print(event["step"], flush=True))
 sys.stdout.write("bytes " + model.resident("default").flat.numpy().tobytes().hex() + "\\n")
 """
 
@@ -237,7 +237,7 @@ def test_a_run_of_another_packing_is_not_gone_on_with(
 
 
 def test_packing_keeps_its_number_as_long_as_steps_hold_the_same() -> None:
-    options = TrainOptions(batch_size=5, accumulation=2, pack_tokens=24, general_share=0.4, general_tokens=12)
+    options = options_of(batch_size=5, accumulation=2, pack_tokens=24, general_share=0.4, general_tokens=12)
     general = split_general(tiny_samples(9, seed=2), options, tiny_model().base)
     digest = hashlib.sha256()
     for step, packs in _steps(tiny_samples(), options, 0, 10, general):
@@ -279,11 +279,11 @@ def test_full_fine_tuning_trains_every_weight(samples: list[Sample]) -> None:
 
 
 def test_the_schedule() -> None:
-    options = TrainOptions(learning_rate=1.0, warmup=4, schedule="linear")
+    options = options_of(learning_rate=1.0, warmup=4, schedule="linear")
     rates = [rate_at(step, options, 12) for step in range(1, 13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    cosine = TrainOptions(learning_rate=1.0, warmup=4)
+    cosine = options_of(learning_rate=1.0, warmup=4)
     assert rate_at(5, cosine, 12) == pytest.approx(1.0)
     assert 0 < rate_at(12, cosine, 12) < 0.1
 
@@ -291,7 +291,7 @@ def test_the_schedule() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("total", [1, 2, 10, 21, 100, 1000])
 def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: str) -> None:
-    options = TrainOptions(learning_rate=1.0, schedule=schedule)
+    options = options_of(learning_rate=1.0, schedule=schedule)
     rates = [rate_at(step, options, total) for step in range(1, total + 1)]
     top = rates.index(max(rates))
     assert max(rates) == 1.0
@@ -316,11 +316,11 @@ def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: s
     ],
 )
 def test_warm_up_is_a_share_or_steps(warmup: float, total: int, steps: int) -> None:
-    assert TrainOptions(warmup=warmup).warmup_steps(total) == steps
+    assert options_of(warmup=warmup).warmup_steps(total) == steps
 
 
 def test_a_warm_up_of_one_and_a_half_steps_is_refused() -> None:
-    assert TrainOptions(warmup=2.0).warmup_steps(100) == 2
+    assert options_of(warmup=2.0).warmup_steps(100) == 2
     with pytest.raises(RecipeError, match=r"warmup: a share of the steps below 1, or a whole number of steps"):
         TrainOptions(warmup=1.5)
 
