@@ -38,8 +38,12 @@ def judge(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), a,b, or a task's YAML.")
     ] = None,
-    shots: Annotated[int, typer.Option(help="Examples from --train in the base's few-shot prompt.")] = 0,
-    train: Annotated[str | None, typer.Option(help="The rows that examples are drawn from.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples in the base's few-shot prompt (4 where --train is known).")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="The rows it learned, for examples and baselines (else its recipe's).")
+    ] = None,
     slices: Annotated[str | None, typer.Option(help="Columns to look at value by value, a,b.")] = None,
     null: Annotated[int, typer.Option(help="Random adapters of equal norm: the noise floor.")] = 0,
     curve: Annotated[bool, typer.Option("--curve", help="Scale the adapter's term from 0 to 1.25.")] = False,
@@ -77,12 +81,13 @@ def judge(
     from postil.training.recipe import with_settings
 
     flags: dict[str, Any] = {
-        "metrics": _words(metrics), "slices": _words(slices), "shots": shots, "null": null,
+        "metrics": _words(metrics), "slices": _words(slices), "null": null,
         "curve": SCALES if curve else (),
     }  # fmt: skip
     if lm_eval is not None:
         flags["lm_eval"] = {"tasks": _words(lm_eval)}
-    values = with_settings({key: value for key, value in flags.items() if value}, set_ or [])
+    given = {key: value for key, value in flags.items() if value} | ({"shots": shots} if shots is not None else {})
+    values = with_settings(given, set_ or [])
     options = JudgeOptions.parse(values)
     expression = DEFAULT if gate == "default" else gate
     in_service = _checked(expression, live, junit)
@@ -209,7 +214,9 @@ def _worst_slices(path: str, part: Part) -> list[tuple[str, Comparison]]:
 
 
 def _lines(card: ScoreCard) -> Iterator[str]:
-    """What the table does not hold: the sets, the curve, leakage."""
+    """What the table does not hold: the sets, the curve, baselines, leakage."""
+    from postil.reporting.card_page import baseline_line
+
     sets = {"target": card.target, **card.general}
     for name, part in sets.items():
         if part is not None and name != "kl":
@@ -222,6 +229,9 @@ def _lines(card: ScoreCard) -> Iterator[str]:
         values = {"target": point.target, "target nats": point.target_nats, "general nats": point.general_nats}
         told = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
         yield f"scale {point.scale:g}: {told}"
+    for name, part in sets.items():
+        if part is not None and (line := baseline_line(part)):
+            yield f"{name}: {line}"
     if card.leakage is not None:
         found = card.leakage
         told = f"adapter {found.adapter.value:.1f}%, base {found.base.value:.1f}%"
@@ -234,12 +244,26 @@ def sentence(card: ScoreCard) -> str:
     """The card in one sentence: the target's verdict, then that on general text."""
     told = []
     if card.target is not None:
-        told.append(_said(card.target.measures[card.target.main], "on the target", card.target.main))
+        told.append(_said_of_target(card.target))
     for name in [name for name in ("nats", "pairs", "choices") if name in card.general][:1]:
         part = card.general[name]
         told.append(_said(part.measures[part.main], "in general", f"general.{name}"))
     text = "; ".join(told)
     return f"{text[0].upper()}{text[1:]}." if text else "Nothing was measured."
+
+
+def _said_of_target(part: Part) -> str:
+    """The target's verdict, which is beside the best baseline too."""
+    m, beside = part.measures[part.main], part.best_baseline
+    said = _said(m, "on the target", part.main)
+    if m.verdict != "better" or beside is None:
+        return said
+    name, best = beside
+    digits = 1 if m.unit in ("%", "points") else 3
+    value = f"{name.replace('_', ' ')} ({best.base.value:.{digits}f})"
+    if part.verdict == "better":
+        return f"{said}, and than {value}"
+    return f"no evidence on the target: {said.removeprefix('better on the target: ')}, yet no better than {value}"
 
 
 def _said(m: Comparison, where: str, name: str) -> str:

@@ -18,8 +18,9 @@ from postil.judging.card.build import NATS, Draw, Measured, stats_of
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
 from postil.judging.probes.probes import Probe
+from postil.judging.sets.examples import Training
 from postil.judging.sets.general import General, Scored, measure
-from postil.judging.sets.target import Target
+from postil.judging.sets.target import FewShot, Target
 from postil.judging.subject import Subject
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class Job:
     metrics: dict[str, Metric]
     probes: list[Probe]
     held_out: list[Probe]
-    few_ids: list[list[int]]
+    few: FewShot
     watch: Watch
     notes: list[str]
     memory: Memory
     tasks: Tasks | None = None  # of lm-eval
+    training: Training | None = None  # what baselines know
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
     @property
@@ -138,7 +140,7 @@ def answer_all(job: Job) -> None:
     context = subject.base.base.context
     zero = [target.request(None, item.ids, context) for item in target.items]
     mine = [target.request(subject.name, item.ids, context) for item in target.items]
-    few = [target.request(None, ids, context) for ids in job.few_ids]
+    few = [target.request(None, ids, context) for ids in job.few.ids]
     job.answers = {"base": _of_base(job, zero, "answers of the base")}
     job.answers["adapter"] = run(job, subject.model, mine, "answers of what is judged")
     if few:

@@ -26,16 +26,20 @@ from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.own import is_own
 from postil.judging.options import JudgeOptions
+from postil.judging.probes.contamination import contamination_of
 from postil.judging.probes.probes import Probe, check_probes, leakage_probes
 from postil.judging.probes.probing import against_null, curve, leakage_of
+from postil.judging.probes.trivial import beside_baselines
+from postil.judging.sets.examples import Training, read_training, recipe_file
 from postil.judging.sets.general import general_parts, read_general
 from postil.judging.sets.read import SHIPPED, From
-from postil.judging.sets.target import Target, check_answers, few_shot, read_target
+from postil.judging.sets.target import FewShot, Target, check_answers, few_shot, read_target
 from postil.judging.subject import Judged, Subject, keep_card, opened
 
 if TYPE_CHECKING:
     from postil.judging.asking.harness import Tasks
 
+NO_SHOTS = "few-shot examples need a target and a training file to draw them from: give --train FILE"
 VERSIONS = ("postil", "torch", "transformers", "sacrebleu")
 
 
@@ -61,7 +65,8 @@ def judge(
     judged: an adapter directory, an Adapter, the name of a resident of an AdaptedModel, or a fine-tuned model
     (directory or Base), which is compared in the same way. target: held-out rows of its task. general: running text
     of what must not get worse (by default the sample that ships with postil; None leaves it out), choices and pairs
-    answered by likelihood. train: rows that few-shot examples are drawn from (options.shots). leaks: rows it was
+    answered by likelihood. train: the rows it was trained on, for few-shot examples (options.shots) and baselines; by
+    default the file that its recipe names, where that is still there with the same bytes. leaks: rows it was
     trained on, tried for verbatim leakage. gate: the expression that the card is for, so that a measure misspelt in
     it is found before the work. predictions: a JSONL for every answer. watch: told {"phase", "done", "total"}. keep:
     put the card into an Adapter's `card`, or the directory's postil.json, unless that is a published version.
@@ -70,8 +75,8 @@ def judge(
     """
     options = options or JudgeOptions()
     sources = Sources(target, general, choices, pairs, train, leaks)
-    if options.shots and (train is None or target is None):
-        raise JudgeError("few-shot examples need a target and a training file to draw them from: give --train FILE")
+    if options.shots and target is None:
+        raise JudgeError(NO_SHOTS)
     if not (sources.any_set() or options.lm_eval.tasks):
         raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
     with opened(base, judged, force=force) as subject:
@@ -103,23 +108,40 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
         )
     rows = options.rows or subject.rows()
     general = read_general(sources.general, sources.choices, sources.pairs, base, options.general, options.seed)
-    target, metrics, few = None, dict[str, Metric](), list[list[int]]()
+    target, metrics, few, training = None, dict[str, Metric](), FewShot((), 0), None
     if sources.target is not None:
         target = read_target(sources.target, base, rows, limit=options.limit, max_new_tokens=options.max_new_tokens,
                              stop=options.stop, seed=options.seed)  # fmt: skip
         check_answers(target, options.metrics)
         notes += target.notes
         metrics = _metrics(target, options, notes) if target.answers else {}
-        if options.shots and target.answers and sources.train is not None:
-            few, said = few_shot(target, sources.train, base, options.shots, options.seed)
-            notes += said
+        if target.answers:
+            training = _training(subject, sources.train, target, notes)
+            if training is None and options.shots:
+                raise JudgeError(NO_SHOTS)
+            if training is not None and options.shots != 0:
+                few = few_shot(target, training, base, options.shots, options.seed)
+                notes += few.notes
     looked_at = [[row.value for row in one.rows] for one in general.sets.values()]
     check_columns(options.slices, [target.values if target is not None else [], *looked_at])
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
     return Job(
         subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
-        Memory(None if subject.base.merged else base, fresh=options.fresh), _tasks(options),
+        Memory(None if subject.base.merged else base, fresh=options.fresh), _tasks(options), training,
     )  # fmt: skip
+
+
+def _training(subject: Subject, given: From | None, target: Target, notes: list[str]) -> Training | None:
+    """The rows that the adapter was trained on, as given or as its recipe names them."""
+    if given is not None:
+        return read_training(given, target.options, target.format, asked_for=True)[0]
+    data = subject.card.get("data")
+    file = recipe_file(subject.recipe, data if isinstance(data, dict) else {})
+    if file is None:
+        return None
+    training, note = read_training(file, subject.rows(), target.format, asked_for=False)
+    notes += [note] if note else []
+    return training
 
 
 def _tasks(options: JudgeOptions) -> Tasks | None:
@@ -196,11 +218,21 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     if job.target is not None:
         part = _target_part(job, bare.nats | measured.get("base", {}), mine.nats | measured.get("adapter", {}),
                             measured.get("few-shot", {}))  # fmt: skip
+        if job.target.answers:
+            beside, said = beside_baselines(job.target, job.training, job.metrics, measured["adapter"],
+                                            measured.get("few-shot", {}), job.draw)  # fmt: skip
+            part, job.notes = part.model_copy(update={"baselines": beside}), job.notes + said
     options = job.options
     parts = general_parts(job.general, bare.general, mine.general, job.draw, options.slices, options.smallest_slice)
     parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
+    rows = [row.value for found in job.general.sets.values() for row in found.rows]
+    contamination, said = contamination_of(
+        subject.card, job.target.items if job.target is not None else (),
+        [*({"text": text} for text in job.general.documents), *rows], options.general.prompt,
+    )  # fmt: skip
+    job.notes += said
     fingerprint = base.base.fingerprint()
     card = ScoreCard(
         base={"source": fingerprint.source, "form": fingerprint.form},
@@ -210,6 +242,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         null_adapters=options.null,
         curve=curve(job, bare, mine, measured),
         leakage=leakage_of(job),
+        contamination=contamination,
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},
@@ -217,7 +250,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     )
     if predictions is not None:
         sides = {"base": (bare.losses, bare.general.options), "adapter": (mine.losses, mine.general.options)}
-        write_predictions(predictions, lines_of(job.target, job.general, job.answers, measured, sides, options.shots))
+        write_predictions(predictions, lines_of(job.target, job.general, job.answers, measured, sides, job.few.shots))
     return card
 
 
@@ -233,5 +266,5 @@ def _target_part(job: Job, bare: Measured, mine: Measured, few: Measured) -> Par
     base, adapter = ({name: found[name] for name in metrics} for found in (bare, mine))
     return part_of(
         job.target.data, next(iter(metrics)), metrics, base, adapter, job.draw,
-        slices=slices, few_shot=few, shots=options.shots if few else 0,
+        slices=slices, few_shot=few, shots=job.few.shots if few else 0,
     )  # fmt: skip

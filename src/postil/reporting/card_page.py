@@ -10,6 +10,7 @@ from postil.reporting.curves import Line, chart, interval, legend
 from postil.reporting.page import figure, table
 
 HEAD = ("measure", "base", "few-shot", "adapter", "difference", "", "verdict", "visible from", "rows")
+VERDICTS = {"better": "better", "no evidence": "not shown to be better", "worse": "worse"}
 NUMERIC = (1, 2, 3, 4, 7, 8)
 
 
@@ -27,6 +28,8 @@ def card_html(card: ScoreCard) -> Iterator[str]:
         "is given only where the interval leaves out zero. Visible from: the smallest difference that so many rows "
         "would have shown with 80% power.</p>"
     )
+    lines = [f"{escape(path)}: {escape(line)}" for path, part in parts.items() if (line := baseline_line(part))]
+    yield from (f"<p>{line}.</p>" for line in lines)
     for path, part in parts.items():
         yield from _slices(path, part)
     yield from _curve(card)
@@ -65,8 +68,23 @@ def sentence(card: ScoreCard) -> str:
 
 def _said(where: str, part: Part, name: str) -> str:
     found = part.measures[name]
+    verdict = part.verdict if name == part.main and found.verdict == "better" else found.verdict
     moved = f"{escape(name)} {number(found.base.value, found)} → {number(found.adapter.value, found)}"
-    return f"{where}: <b>{found.verdict}</b> ({moved} {escape(found.unit)})"
+    return f"{where}: <b>{verdict}</b> ({moved} {escape(found.unit)})"
+
+
+def baseline_line(part: Part) -> str:
+    """The best of what needs no learning, with the adapter beside it; empty where nothing was tried."""
+    if part.best_baseline is None:
+        return ""
+    name, found = part.best_baseline
+    gap = found.difference
+    ends = f"{number(gap.value, found, '+')}, {number(gap.low, found, '+')} to {number(gap.high, found, '+')}"
+    tried = ", ".join(one.replace("_", " ") for one in part.baselines if part.main in part.baselines[one])
+    return (
+        f"best of the baselines ({tried}): {name.replace('_', ' ')}, {part.main} {number(found.base.value, found)}; "
+        f"the adapter is {VERDICTS[found.verdict]} ({ends})"
+    )
 
 
 def number(value: float, measure: Comparison, sign: str = "") -> str:
