@@ -48,7 +48,9 @@ def test_a_table_and_one_sentence(judge: Any, here: Path) -> None:
         (line,) = [line for line in lines if line.split()[0] == measure]
         told = any(verdict in line for verdict in ("better", "no evidence", "worse"))
         assert told is (measure != "general.kl")  # a distance from the base is neither
-    assert lines[0].split() == ["measure", "base", "adapter", "difference", "verdict", "visible", "from"]
+    assert lines[0].split() == ["measure", "base", "few-shot", "adapter", "difference", "verdict", "visible", "from"]
+    assert "best of the baselines (few shot, most frequent, copy prompt, copy last line" in result.out
+    assert "few-shot examples and baselines are from the rows that the recipe names" in result.out
     assert f"target: {here / 'test.jsonl'}, 24 rows" in result.out
     assert lines[-1].endswith(".")
     assert "on the target: exact_match" in lines[-1]
@@ -168,7 +170,11 @@ def test_on_a_4_bit_base(judge: Any, here: Path) -> None:
         (("--null", 1), "judge: null: one random adapter has no spread to compare with"),
         (("--quant", "nf5"), "'nf5' is no 4-bit form of a base (did you mean 'nf4'?)"),
         (("--choices", "nothing.jsonl"), "nothing.jsonl does not exist"),
-        (("--shots", 2), "few-shot examples need a target and a training file to draw them from: give --train FILE"),
+        (("--shots", 99), "rows that the target does not ask itself; --shots 99 needs as many"),
+        (
+            ("--shots", 2, "--set", "rows.format=text"),
+            "the columns 'prompt', 'completion', 'rest' are not known; wanted: text",
+        ),
     ],
 )
 def test_a_slip_is_one_sentence(refusal: Any, base: Path, here: Path, words: tuple[object, ...], said: str) -> None:

@@ -18,7 +18,7 @@ def options(prompt: str, answer: str, **more: Any) -> tuple[str, ...] | None:
 @pytest.mark.parametrize(
     ("prompt", "answer", "wanted"),
     [
-        ("Write the animal in the list.\n\npenguin, drum, tea pot, cookie", "drum", ("penguin", "drum", "tea pot", "cookie")),
+        ("Write the animal in it.\n\nowl, drum, tea pot, cup", "drum", ("owl", "drum", "tea pot", "cup")),
         ("Answer yes or no.\n\nIs it red?", "yes", ("yes", "no")),
         ("Answer yes or no.\n\nIs it red?", "No.", ("Answer yes", "No.")),
         ("Price: cheap, moderate, less than £20, or more than £30.\n\nA dear, good place.", "less than £20",

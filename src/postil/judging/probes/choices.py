@@ -92,16 +92,12 @@ def _in_a_list(row: Asked) -> tuple[str, ...]:
 
 
 def _without_what_leads(lists: Sequence[tuple[str, ...]], known: Sequence[str]) -> list[tuple[str, ...]]:
-    """The lists without what stands in half of them and is nobody's answer: "Which is larger" of "Which is larger, a
-    cat or a dog?"; whole where less than two items would be left."""
+    """The lists without the first item where it begins half of them and is nobody's answer: "Which is larger" of
+    "Which is larger, a cat or a dog?"; whole where less than two items would be left."""
     answers = {_plain(text) for text in known}
-    count = Counter(plain for options in lists for plain in {_plain(option) for option in options})
-    spurious = {plain for plain, times in count.items() if 2 * times >= len(lists) and plain not in answers}
-    out = []
-    for options in lists:
-        kept = tuple(option for option in options if _plain(option) not in spurious)
-        out.append(kept if len(kept) > 1 else options)
-    return out
+    count = Counter(_plain(options[0]) for options in lists if options)
+    leads = {plain for plain, times in count.items() if 2 * times >= max(len(lists), 4) and plain not in answers}
+    return [options[1:] if len(options) > 2 and _plain(options[0]) in leads else options for options in lists]
 
 
 def _references(rows: Sequence[Asked]) -> list[str]:
