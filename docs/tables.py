@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +136,40 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
              f"{first['target']['main']} over the better base", "target", "seconds"]  # fmt: skip
     shown_in = f"![Gain against damage](img/{folder.name}.svg)"
     return f"### {folder.name}\n\n{' '.join(lead)}\n\n{shown_in}\n\n{markdown(heads, rows)}"
+
+
+def many_tasks() -> str:
+    """The plain default of the half not chosen on beside the best of its grid, task by task, then the medians."""
+    found = [read(path) for path in sorted((ROOT / "recipes/many_tasks").glob("*.json"))]
+    done = [one for one in found if one["half"] == "B" and "default" in one and "grid_done" in one]
+    if not done:
+        return "No task of the half not chosen on is done yet.\n"
+    lines: list[tuple[Json, Json, Json, float]] = []
+    for one in done:
+        points = list(one["grid"].values())
+        best = max(points, key=lambda point: (point["score"], -point["valid_loss"]))
+        seen = min(points, key=lambda point: point["valid_loss"])
+        lines.append((one["default"], best, seen, sum(point["seconds"] for point in points)))
+    columns: dict[str, tuple[str, list[float]]] = {
+        "default": (".1f", [plain["score"] for plain, *_ in lines]),
+        "grid's best": (".1f", [best["score"] for _, best, *_ in lines]),
+        "default less best": ("+.1f", [plain["score"] - best["score"] for plain, best, *_ in lines]),
+        "grid, by held-out loss": (".1f", [seen["score"] for _, _, seen, _ in lines]),
+        "general, default": ("+.3f", [plain["general_rise"] for plain, *_ in lines]),
+        "general, best": ("+.3f", [best["general_rise"] for _, best, *_ in lines]),
+        "seconds, default": (".0f", [plain["seconds"] for plain, *_ in lines]),
+        "seconds, best": (".0f", [best["seconds"] for _, best, *_ in lines]),
+        "seconds, grid": (".0f", [seconds for *_, seconds in lines]),
+    }
+    rows = [
+        [one["task"], one["metric"], f"{best['rate']:g} × {best['epochs']}",
+         *(f"{values[n]:{form}}" for form, values in columns.values())]
+        for n, (one, (_, best, _, _)) in enumerate(zip(done, lines, strict=True))
+    ]  # fmt: skip
+    rows.append(["median", "", "", *(f"{median(values):{form}}" for form, values in columns.values())])
+    near = sum(gap >= -5 for gap in columns["default less best"][1])
+    told = f"{len(done)} of the half's 25 tasks; on {near} the default lies within 5 points of the grid's best."
+    return f"{told}\n\n{markdown(('task', 'measure', 'best at', *columns), rows)}"
 
 
 def benches() -> str:

@@ -89,8 +89,10 @@ def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool
             if not inner.is_symlink():
                 _fsync(inner)
         _fsync(temporary)
-        _put(temporary, target)
+        old = _put(temporary, target)
         _fsync(target.parent)
+        if old is not None:
+            _remove(old)  # only now: the new one's name is on the disk
     except OSError as error:
         _remove(temporary)
         raise _storage_error(target, error) from error
@@ -103,18 +105,18 @@ def _is_own(target: Path, marker: str) -> bool:
     return (target / marker).is_file() and not any(inner.is_dir() for inner in target.iterdir())
 
 
-def _put(temporary: Path, target: Path) -> None:
-    """Give `temporary` the name `target`; what stood there is removed afterwards."""
+def _put(temporary: Path, target: Path) -> Path | None:
+    """Give `temporary` the name `target`; returns the name that what stood there has now, if anything did."""
     if not target.exists():
         os.replace(temporary, target)
-    elif _exchange(temporary, target):
-        _remove(temporary)  # the old one, under the new one's temporary name
-    else:
-        old = target.with_name(f"{_OLD}{target.name}")
-        _remove(old)
-        os.replace(target, old)
-        os.replace(temporary, target)
-        _remove(old)
+        return None
+    if _exchange(temporary, target):
+        return temporary
+    old = target.with_name(f"{_OLD}{target.name}")
+    _remove(old)
+    os.replace(target, old)
+    os.replace(temporary, target)
+    return old
 
 
 def _exchange(first: Path, second: Path) -> bool:

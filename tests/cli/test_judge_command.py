@@ -32,8 +32,8 @@ def judge(postil: Any, base: Path, here: Path) -> Callable[..., Any]:
     """judge("--gate", ...): the command's Result on `here`."""
 
     def run(*words: object) -> Any:
-        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--set", "general.window=64",
-                "--set", "max_new_tokens=4")  # fmt: skip
+        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--chat", "none",
+                "--set", "general.window=64", "--set", "max_new_tokens=4")  # fmt: skip
         return postil("judge", here / "note", "--base", base, *sets, *words)
 
     return run
@@ -48,11 +48,14 @@ def test_a_table_and_one_sentence(judge: Any, here: Path) -> None:
         (line,) = [line for line in lines if line.split()[0] == measure]
         told = any(verdict in line for verdict in ("better", "no evidence", "worse"))
         assert told is (measure != "general.kl")  # a distance from the base is neither
-    assert lines[0].split() == ["measure", "base", "adapter", "difference", "verdict", "visible", "from"]
+    assert lines[0].split() == ["measure", "base", "adapter", "difference", "verdict", "allowed", "visible", "from"]
     assert f"target: {here / 'test.jsonl'}, 24 rows" in result.out
     assert lines[-1].endswith(".")
     assert "on the target: exact_match" in lines[-1]
     assert "in general: general.nats" in lines[-1]
+    assert "within the +0.05 nats/token that the gate allows" in lines[-1]
+    (line,) = [line for line in lines if line.split()[0] == "general.nats"]
+    assert "+0.05 nats/token" in line
     card = read_card(here / "note")
     assert card is not None
     assert card.target is not None

@@ -38,8 +38,30 @@ def test_pack_holds_whole_samples_end_to_end() -> None:
     assert got.weights.tolist() == [0, 0.5, 0.5, 0, 0, 0.5]
     assert (got.lengths, got.rows, got.target_tokens) == ((3, 1, 2), (1, 2, 3), 3)
     assert (got.ids.dtype, got.positions.dtype, got.weights.dtype) == (np.int64, np.int64, np.float32)
+    assert got.step_rows.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="at least one sample"):
         pack([])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (
+            Sample(np.arange(2, dtype=np.int32), np.ones(2, np.float32), 7),
+            "row 7 has a loss weight of 1 at its first",
+        ),
+        (Sample(np.arange(2, dtype=np.int32), np.zeros(3, np.float32), 7), "row 7 has 2 tokens and 3 loss weights"),
+    ],
+)
+def test_a_weight_that_nothing_could_learn_is_refused(sample: Sample, said: str, place: int) -> None:
+    """The first of a pack would have no state to be predicted from, a later one that of the sample before it."""
+    samples = make([3, 4])
+    samples[place:place] = [sample]
+    numbers = {"batch_size": 9, "accumulation": 1, "pack_tokens": 99, "seed": 0, "epoch": 0}
+    for made in (pack, pack_shared, lambda some: epoch_steps(some, **numbers)):
+        with pytest.raises(DataError, match=said):
+            made(samples)
 
 
 @given(_lengths, _counts, _counts, st.integers(1, 60), st.integers(0, 3), st.integers(0, 3), st.booleans())
@@ -96,6 +118,25 @@ def test_accumulation_does_not_change_which_rows_a_step_holds(lengths: list[int]
         return [sorted(row for chosen in step for row in chosen.rows) for step in steps]
 
     assert rows(1) == rows(2) == rows(4)
+
+
+@given(_lengths, _counts, st.integers(1, 60), st.sampled_from([1, 2, 4]))
+def test_every_token_has_one_place_in_its_step_whatever_the_split(
+    lengths: list[int], batch: int, budget: int, accumulation: int
+) -> None:
+    def places(accumulation: int, budget: int) -> list[dict[int, int]]:
+        """Per step, the place of every token (which names itself)."""
+        steps = epoch_steps(
+            make(lengths), batch_size=batch, accumulation=accumulation, pack_tokens=budget, seed=1, epoch=2
+        )
+        return [
+            {int(i): int(row) for one in step for i, row in zip(one.ids, one.step_rows, strict=True)}
+            for step in steps
+        ]
+
+    found = places(accumulation, budget)
+    assert found == places(1, 10**6)
+    assert all(sorted(step.values()) == list(range(len(step))) for step in found)
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -193,19 +234,45 @@ def test_shared_beginnings_leave_every_sample_whole(kinds: list[tuple[list[int],
         while part is not None:
             chain = [*range(edges[part], edges[part + 1]), *chain]
             assert part == place or part not in got.samples
-            part = got.before[part]
+            part = got.pack.before[part]
         assert got.pack.ids[chain].tolist() == sample.ids.tolist()
         assert got.pack.positions[chain].tolist() == list(range(len(sample.ids)))
         assert got.pack.weights[chain].tolist() == sample.weights.tolist()
         assert not got.pack.weights[edges[place]]  # the state before a target is in its own part
-    parts = {place for place in got.before if place is not None}
+    parts = {place for place in got.pack.before if place is not None}
     assert len(got.pack.lengths) == len(parts) + len(samples)
-    assert all(sum(earlier == part for earlier in got.before) > 1 for part in parts)  # only what several share
+    assert all(sum(earlier == part for earlier in got.pack.before) > 1 for part in parts)  # only what several share
     assert all(got.pack.lengths[part] >= SHARED_TOKENS for part in parts)
     apart = pack_shared(samples, share=False)
-    assert (apart.pack.lengths, set(apart.before)) == (tuple(len(s.ids) for s in samples), {None})
+    assert (apart.pack.lengths, apart.pack.before) == (tuple(len(s.ids) for s in samples), ())
     if not parts:
         assert got.pack.ids.tolist() == apart.pack.ids.tolist()
+
+
+@given(_counts, st.integers(1, 60), st.integers(0, 3), st.lists(st.integers(0, 2), min_size=1, max_size=20))
+def test_an_epoch_whose_rows_share_their_beginnings(batch: int, budget: int, seed: int, kinds: list[int]) -> None:
+    samples = [
+        Sample(
+            np.array([*range(100 * kind, 100 * kind + 9), 1, row], dtype=np.int32),
+            np.array([0.0] * 10 + [1.0], dtype=np.float32), row,
+        )
+        for row, kind in enumerate(kinds, 1)
+    ]  # fmt: skip
+
+    def plan(share: bool) -> list[list[Pack]]:
+        return epoch_steps(
+            samples, batch_size=batch, accumulation=2, pack_tokens=budget, seed=seed, epoch=0, share=share
+        )
+
+    shared, apart = plan(True), plan(False)
+    assert shape(shared) == shape(plan(True))
+    for step, other in zip(shared, apart, strict=True):
+        for got, wanted in zip(step, other, strict=True):
+            assert sorted(got.sizes) == sorted(wanted.sizes) == sorted((row, 11) for row in wanted.rows)
+            assert got.target_tokens == wanted.target_tokens
+            groups = {kinds[row - 1] for row in wanted.rows}
+            assert len(got.ids) <= len(wanted.ids)
+            assert len(got.ids) == 2 * len(wanted.rows) + 9 * len(groups)  # each beginning once, however dealt
 
 
 def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() -> None:
@@ -219,7 +286,7 @@ def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() ->
     ]  # fmt: skip
     got = pack_shared(samples)
     assert got.pack.lengths == (20, 9, 2, 2, 2, 9, 2, 2, 2)
-    assert got.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
+    assert got.pack.before == (None, 0, 1, 1, 1, 0, 5, 5, 5)
     assert got.samples == (2, 3, 4, 6, 7, 8)
     with pytest.raises(DataError, match="at least one sample"):
         pack_shared([])

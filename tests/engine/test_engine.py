@@ -12,7 +12,6 @@ import torch
 from postil.adapter import attach, detach
 from postil.base import live_digest
 from postil.engine import Answer, Engine, Request
-from postil.engine.cache import KeyValueStore
 from postil.errors import AdapterError, RequestError
 
 KINDS = ("llama", "gemma2", "gpt2", "falcon")
@@ -202,18 +201,3 @@ def test_closing_takes_off_what_was_attached_and_no_more(
     assert list(model.residents) == ["mine"]
     detach(model)
     Engine(base).close()
-
-
-def test_the_store_keeps_rows_when_it_grows_and_moves() -> None:
-    store = KeyValueStore(3, 500)
-    store.reserve(2, [])
-    store.write_rows = torch.tensor([0, store.capacity, store.capacity + 1])
-    values = torch.arange(3.0).view(3, 1, 1) + 1
-    store.extend(0, values, -values)
-    store.reserve(100, [1, 2])
-    store.arrange([1, 0], 2)
-    store.write_rows = torch.tensor([2])
-    keys, negative = store.extend(0, values[:1] + 8, values[:1])
-    assert keys[:3, 0, 0].tolist() == [2.0, 3.0, 9.0]
-    assert float(keys[store.capacity]) == 1.0
-    assert negative[:3, 0, 0].tolist() == [-2.0, -3.0, 1.0]

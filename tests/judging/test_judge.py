@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from postil.adapter.identity import adapter_sha256, update_card
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest
 from postil.data import DataOptions, load_data
-from postil.errors import AdapterError, JudgeError, PostilError
+from postil.errors import AdapterError, JudgeError, PostilError, StorageError
 from postil.judging.asking.likelihoods import mean_nats, nats_and_kl, row_losses
 from postil.judging.card.build import NATS
 from postil.judging.card.file import read_card
 from postil.judging.card.model import ScoreCard
-from postil.judging.judge import judge
+from postil.judging.gate.gate import check
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -95,7 +99,7 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
 def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
-    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0")
+    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0 and general.nats > 0")
     card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
     assert any("is a published version, which never changes" in note for note in card.notes)
     assert registry.resolve("note") == version.path  # every byte as it was
@@ -210,6 +214,48 @@ def test_training_rows_that_come_back_are_found(
         judge(base, memorised, leaks=rows(0, 3), options=options(rows={"format": "raw"}, leakage=leak))
 
 
+def test_an_own_measure_is_tried_before_the_work_and_has_a_name_of_its_own(
+    base: Base, files: dict[str, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "cheat.py"
+    own.write_text("def bleu(answer, row):\n    return 100\n\ndef odd(answer, row):\n    raise EOFError\n")
+    told: list[Any] = []
+    with pytest.raises(JudgeError, match=r"row 1: .*cheat\.py:odd failed: EOFError \(line 5\)"):
+        judge(base, files["adapter"], target=files["test"], general=TEXT, watch=told.append,
+              options=options(metrics=(f"{own}:odd",)))  # fmt: skip
+    assert told == []
+    card = judge(base, files["adapter"], target=files["test"], general=TEXT, keep=False,
+                 options=options(metrics=(f"{own}:bleu", "bleu"), slices=("group",)),
+                 gate="target.own.bleu > base - 1 and slices.own.bleu > base - 1")  # fmt: skip
+    assert card.target is not None
+    assert list(card.target.measures) == ["own.bleu", "bleu", "nats"]
+    assert card.find("target.own.bleu").base.value == 100 != card.find("target.bleu").base.value
+    assert card.find("target.group=a.own.bleu").rows == 10
+    assert check(card, "target.own.bleu > base - 1 and slices.own.bleu > base - 1").passed
+    with pytest.raises(JudgeError, match=r"two measures would be called 'own\.bleu'"):
+        judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+              options=options(metrics=(f"{own}:bleu", f"{own.parent}/./cheat.py:bleu")))  # fmt: skip
+
+
+def test_what_is_said_of_how_rows_are_measured_is_on_the_card(base: Base, files: dict[str, Path]) -> None:
+    card = judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+                 options=options(metrics=("sari",)))  # fmt: skip
+    assert any(note.startswith("sari: the source is the whole prompt") for note in card.notes)
+    with pytest.raises(JudgeError, match="exact_calls needs a row that wants a call, and no row does"):
+        judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+              options=options(metrics=("exact_calls",)))  # fmt: skip
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_the_work(
+    base: Base, files: dict[str, Path], tmp_path: Path
+) -> None:
+    told: list[Any] = []
+    with pytest.raises(StorageError, match=r"predictions\.jsonl\.partial could not be written"):
+        judge(base, files["adapter"], target=files["test"], general=None, watch=told.append, options=options(),
+              predictions=files["test"] / "predictions.jsonl")  # fmt: skip
+    assert told == []
+
+
 def test_every_prediction_is_written(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     pairs = [{"good": "a b c", "bad": "c b a"}]
     out = tmp_path / "predictions.jsonl"
@@ -288,7 +334,7 @@ def test_a_measure_that_suits_the_rows_is_taken_and_said(base: Base, taught: Ada
                  options=JudgeOptions(metrics=()))  # fmt: skip
     assert card.target is not None
     assert card.target.main == "accuracy"
-    assert "measured by accuracy, since the answers are 1 labels" in card.notes
+    assert "measured by accuracy, since every answer is the same label" in card.notes
 
 
 def test_running_text_is_judged_by_its_loss(base: Base, taught: Adapter) -> None:
@@ -303,7 +349,7 @@ def test_a_users_own_measure(base: Base, taught: Adapter, rows: Rows, tmp_path: 
     place.write_text("def letters(answer, row):\n    return float(len(answer))\n")
     card = judge(base, taught, target=rows(40, 52), general=None, keep=False,
                  options=JudgeOptions(metrics=(f"{place}:letters",)))  # fmt: skip
-    assert card.find("target.letters").adapter.value == len("yes sir")
+    assert card.find("target.own.letters").adapter.value == len("yes sir")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +390,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
 
 
 def test_it_is_public() -> None:
-    assert postil.judge is judge
+    assert postil.judge is judge_with_chat
     assert postil.ScoreCard is ScoreCard
     assert postil.JudgeOptions is JudgeOptions
     assert NATS.better == "lower"

@@ -129,7 +129,8 @@ def test_what_was_written_elsewhere_is_escaped(run: Path) -> None:
 def test_the_score_card_is_told(run: Path) -> None:
     text = page_of(run)
     for said in (
-        "On its task: <b>better</b> (bleu 8.0 → 60.7 points)", "on general text: <b>worse</b> (nats 3.000 → 3.280",
+        "Better on the target: bleu 8.0 → 60.7 points", "worse in general: general.nats 3.000 → 3.280 nats",
+        "not surely within the +0.05 nats/token that the gate allows", '<td class=n>-10 points</td>',
         "33.3", "+52.7 (", "7.5%", "on rows it never saw 2.5%", "target.bleu by kind (2 values)",
         "0 is the bare base", "postil judge &lt;script&gt;",
     ):  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from postil.data.encode import Draft, Tally, draft_chat, draft_pair, draft_text, encode
-from postil.data.formats import Chat, Pair, Shape, Text, detect, read_row, rename
+from postil.data.formats import Chat, Pair, Shape, Text, check_mapped, detect, read_row, rename
 from postil.data.options import DataOptions
 from postil.data.packs import Sample
 from postil.data.report import DataReport
@@ -70,6 +70,7 @@ def load_data(
         raise DataError(f"{opened.name} is empty: it has no row.")
     if reading.bad and not (options.skip_bad_lines and reading.drafts):
         raise DataError(_bad_message(opened, reading, options.skip_bad_lines))
+    check_mapped(options.columns, reading.columns)
     if options.too_long == "split" and reading.format != "text":
         raise DataError(f"too_long: split is for text rows only, and {opened.name} has {reading.format} rows.")
     tally = Tally()

@@ -36,12 +36,18 @@ class Sample:
         return int(np.count_nonzero(self.weights))
 
 
+Placed = tuple[int, Sample]  # where it begins in its step
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """Whole samples end to end, never padded.
+    """Whole samples end to end, never padded; or parts of them, a beginning of several there once (`pack_shared`).
 
     ids: int64 [T]. positions: int64 [T], from 0 in every sample. weights: float32 [T], as in Sample (so the
-    first token of every sample has 0). lengths: tokens per sample, which sum to T. rows: the samples' rows.
+    first token of every part has 0). lengths: tokens per part, which sum to T. rows: the parts' rows. starts: where
+    each sample begins in its step, all of whose samples stand in one row of tokens: the same however the step is
+    split into packs (of parts it tells nothing). before: per part the one that it continues (None: it begins by
+    itself); empty where every part is a whole sample.
     """
 
     ids: NDArray[np.int64]
@@ -49,37 +55,77 @@ class Pack:
     lengths: tuple[int, ...]
     weights: NDArray[np.float32]
     rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    before: tuple[int | None, ...] = ()
 
     @property
     def target_tokens(self) -> int:
         """How many tokens have loss."""
         return int(np.count_nonzero(self.weights))
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(row, tokens) of every whole sample, what it shares with others counted in each."""
+        ends, continued = np.cumsum(self.lengths), set(self.before)
+        return [
+            (row, int(self.positions[end - 1]) + 1)
+            for part, (row, end) in enumerate(zip(self.rows, ends, strict=True))
+            if part not in continued
+        ]
 
-def pack(samples: Sequence[Sample]) -> Pack:
-    """One pack of the samples, in their order; DataError for none."""
+    @property
+    def step_rows(self) -> NDArray[np.int64]:
+        """int64 [T]: the place of every token in its step."""
+        parts = [np.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        return np.concatenate(parts).astype(np.int64)
+
+
+def pack(samples: Sequence[Sample], starts: Sequence[int] | None = None) -> Pack:
+    """One pack of the samples, in their order, which is a step of its own unless `starts` are given.
+
+    Raises DataError for none, and for a sample whose weights do not fit its tokens or whose first token has one.
+    """
     if not samples:
         raise DataError("a pack needs at least one sample")
+    for sample in samples:
+        _check(sample)
     return Pack(
         ids=np.concatenate([sample.ids for sample in samples]).astype(np.int64),
         positions=np.concatenate([np.arange(len(sample.ids), dtype=np.int64) for sample in samples]),
         lengths=tuple(len(sample.ids) for sample in samples),
         weights=np.concatenate([sample.weights for sample in samples]).astype(np.float32),
         rows=tuple(sample.row for sample in samples),
+        starts=tuple(_starts(samples) if starts is None else starts),
     )
+
+
+def _starts(samples: Sequence[Sample]) -> list[int]:
+    """Where each begins when all stand in one row of tokens."""
+    return [0, *itertools.accumulate(len(sample.ids) for sample in samples)][:-1]
+
+
+def _check(sample: Sample) -> None:
+    if len(sample.ids) != len(sample.weights):
+        raise DataError(
+            f"the sample of row {sample.row} has {len(sample.ids)} tokens and {len(sample.weights)} loss weights; "
+            "give one weight for each token"
+        )
+    if len(sample.weights) and sample.weights[0]:
+        raise DataError(
+            f"the sample of row {sample.row} has a loss weight of {sample.weights[0]:g} at its first token, which "
+            "nothing predicts; set weights[0] to 0"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPack:
     """Samples of which neighbours that begin alike have their beginning once.
 
-    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. before: per
-    part the one that it continues (None: it begins by itself). samples: the parts that end the samples, in their
-    order.
+    pack: the parts end to end, beginnings and what is left of each sample; a beginning has no loss. samples: the
+    parts that end the samples, in their order.
     """
 
     pack: Pack
-    before: tuple[int | None, ...]
     samples: tuple[int, ...]
 
 
@@ -104,8 +150,10 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
     Tokens and targets stand in the pack as they do in `pack`: the state before a target is in the row before it.
     share: False where the model cannot (AdaptedModel.shares_beginnings).
     """
+    for sample in samples:
+        _check(sample)
     if not share:
-        return SharedPack(pack(samples), (None,) * len(samples), tuple(range(len(samples))))
+        return SharedPack(pack(samples), tuple(range(len(samples))))
     common = [0, *(shared_tokens(*pair) for pair in itertools.pairwise(samples))]  # with the one before
     parts, starts, before, ends = list[Sample](), list[int](), list[int | None](), list[int]()
 
@@ -132,7 +180,7 @@ def pack_shared(samples: Sequence[Sample], share: bool = True) -> SharedPack:
         grow(0, len(samples), 0, None)
     whole = pack(parts)
     shift = np.repeat(np.array(starts, dtype=np.int64), whole.lengths)
-    return SharedPack(replace(whole, positions=whole.positions + shift), tuple(before), tuple(ends))
+    return SharedPack(replace(whole, positions=whole.positions + shift, before=tuple(before)), tuple(ends))
 
 
 def epoch_steps(
@@ -145,13 +193,15 @@ def epoch_steps(
     epoch: int,
     shuffle: bool = True,
     beside: Callable[[int], Sequence[Sample]] | None = None,
+    share: bool = False,
 ) -> list[list[Pack]]:
     """One epoch: one inner list is one optimiser step of `batch_size` samples (the last one what is left).
 
     A step's samples are dealt into `accumulation` groups (fewer where there are fewer samples) of about equal
     tokens, and each group into packs of at most `pack_tokens` tokens (a longer sample has a pack of its own).
     Every sample comes exactly once; `beside` gives further ones that join the batch of a step (from 0), such as
-    general text. A pure function of its arguments. Raises RecipeError for numbers below 1.
+    general text. share: samples of a pack that begin alike stand together and have their beginning once. A pure
+    function of its arguments. Raises RecipeError for numbers below 1.
     """
     for name, value in (
         ("batch_size", batch_size),
@@ -169,38 +219,49 @@ def epoch_steps(
         batch = [samples[int(index)] for index in order[first : first + batch_size]]
         if beside is not None:
             batch += beside(len(steps))
-        groups = _balanced(batch, accumulation)
-        steps.append([pack(chosen) for group in groups for chosen in _first_fit(group, pack_tokens)])
+        placed = list(zip(_starts(batch), batch, strict=True))
+        chosen = [packed for group in _balanced(placed, accumulation) for packed in _first_fit(group, pack_tokens)]
+        steps.append([_packed(some, share) for some in chosen])
     return steps
 
 
-def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
-    return sorted(samples, key=lambda sample: -len(sample.ids))  # stable: equal lengths keep their order
+def _packed(placed: Sequence[Placed], share: bool) -> Pack:
+    samples = [sample for _, sample in placed]
+    return pack_shared(_alike_together(samples)).pack if share else pack(samples, [start for start, _ in placed])
 
 
-def _balanced(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+def _alike_together(samples: Sequence[Sample]) -> list[Sample]:
+    """In an order in which those with a beginning in common, of whatever length, are neighbours."""
+    return sorted(samples, key=lambda sample: sample.ids.tobytes())
+
+
+def _longest_first(samples: Sequence[Placed]) -> list[Placed]:
+    return sorted(samples, key=lambda placed: -len(placed[1].ids))  # stable: equal lengths keep their order
+
+
+def _balanced(samples: Sequence[Placed], count: int) -> list[list[Placed]]:
     """Longest first, each to the group with the fewest tokens (Graham 1969, LPT)."""
-    groups: list[list[Sample]] = [[] for _ in range(min(count, len(samples)))]
+    groups: list[list[Placed]] = [[] for _ in range(min(count, len(samples)))]
     tokens = [0] * len(groups)
-    for sample in _longest_first(samples):
+    for placed in _longest_first(samples):
         least = min(range(len(groups)), key=lambda index: (tokens[index], len(groups[index]), index))
-        groups[least].append(sample)
-        tokens[least] += len(sample.ids)
+        groups[least].append(placed)
+        tokens[least] += len(placed[1].ids)
     return groups
 
 
-def _first_fit(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+def _first_fit(samples: Sequence[Placed], budget: int) -> list[list[Placed]]:
     """First-fit-decreasing bin packing (Johnson 1973): at most 11/9 of the fewest packs, plus one."""
-    bins: list[list[Sample]] = []
+    bins: list[list[Placed]] = []
     room: list[int] = []
-    for sample in _longest_first(samples):
-        length = len(sample.ids)
+    for placed in _longest_first(samples):
+        length = len(placed[1].ids)
         place = next((index for index, free in enumerate(room) if free >= length), None)
         if place is None:
-            bins.append([sample])
+            bins.append([placed])
             room.append(budget - length)
         else:
-            bins[place].append(sample)
+            bins[place].append(placed)
             room[place] -= length
     return bins
 

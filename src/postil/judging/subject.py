@@ -45,6 +45,13 @@ class Subject:
         return {} if self.name is None else {self.name: 1.0}
 
     @property
+    def digest(self) -> str:
+        """What answers for what is judged: its bytes and, of a whole model, the form that it is held in."""
+        if self.name is not None:
+            return self.sha256
+        return f"{self.sha256} {self.model.base.fingerprint().form} {self.model.base.dtype}"
+
+    @property
     def other(self) -> AdaptedModel | None:
         """The base where it is another model than the one judged."""
         return None if self.name is not None else self.base

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from postil.adapter.model import AdaptedModel
 from postil.data import Dataset, Sample
+from postil.training.general import Documents
 from postil.training.options import Settled
 
 if TYPE_CHECKING:
     from postil.training.loop import Outcome
 
 VERSIONS = ("postil", "torch", "transformers")
-Given = Dataset | Sequence[Sample] | None
+Given = Documents | Dataset | Sequence[Sample] | None
 
 
 def recipe_of(model: AdaptedModel, name: str, data: Given, options: Settled) -> dict[str, Any]:
@@ -62,4 +63,6 @@ def card_of(
 
 
 def _digest(given: Given) -> str | None:
+    if isinstance(given, Documents):
+        return given.sha256
     return given.report.sha256 if isinstance(given, Dataset) else None

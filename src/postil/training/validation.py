@@ -94,12 +94,13 @@ def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident 
     """Mean nats per target token over held-out samples, dropout off."""
     total, count = 0.0, 0
     steps = epoch_steps(
-        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False
-    )
+        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False,
+        share=model.shares_beginnings,
+    )  # fmt: skip
     for packs in steps:
         for pack in packs:
             ids, positions, weights = to_device(pack, model)
-            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)))):
+            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)), pack.before)):
                 part, _, targets = model.loss(ids, positions, weights)
             total += float(part)
             count += len(targets)

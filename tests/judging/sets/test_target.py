@@ -44,6 +44,41 @@ def test_rows_with_an_equal_prompt_are_one_question(base: Base) -> None:
     assert target.data.tokens == sum(sample.target_tokens for sample in learned)
 
 
+def test_weights_of_turns_ask_no_other_question(base: Base) -> None:
+    def row(answer: str, **more: Any) -> dict[str, Any]:
+        turns = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        messages[1] |= more
+        return {"messages": messages}
+
+    target = read_target([row("zwei"), row("dos", weight=0), row("deux", weight=0.5)], base, DataOptions())
+    assert [item.rows for item in target.items] == [(1, 2, 3)]
+
+
+def test_equal_references_are_kept_for_each_votes(base: Base) -> None:
+    from postil.judging.metrics import default_metric, metric_named
+
+    source = "About 95 species are currently accepted ."
+    known = "About 95 species are currently known ."
+    texts = [known, known, "95 species are now accepted ."]
+    at_once = read_target([{"prompt": source, "references": texts}], base, RAW)
+    one_a_row = read_target([{"prompt": source, "completion": text} for text in texts], base, RAW)
+    metric = metric_named("sari")
+    for target in (at_once, one_a_row):
+        assert target.values[0]["references"] == texts
+        said = metric.statistics(["About 95 you now get in ."], target.values)
+        assert round(said[0, 0], 2) == 25.70  # 26.20 where the second vote is left out
+    twice = [{"prompt": f"q{n}", "completion": "a long answer of words"} for n in (0, 0, 1)]
+    assert default_metric(read_target(twice, base, RAW).values)[1] == "the answers are free text"
+
+
+def test_a_column_that_no_row_has_is_named(base: Base) -> None:
+    rows = [{"q": "one", "a": "eins"}]
+    columns = {"prompt": "q", "completion": "a", "system": "sys"}
+    with pytest.raises(DataError, match="columns: no row has anything in 'sys', which stands for 'system'"):
+        read_target(rows, base, DataOptions(format="raw", columns=columns))
+
+
 def test_rows_asked_once_are_not_talked_about(base: Base) -> None:
     assert read_target(PAIRS[:2], base, RAW).notes == ()
 

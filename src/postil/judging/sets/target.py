@@ -11,7 +11,7 @@ from typing import Any
 from postil.base import Base
 from postil.data import DataOptions, Sample
 from postil.data.encode import Draft, Tally, encode
-from postil.data.formats import Chat, Pair, Shape, Text, detect, read_row, rename
+from postil.data.formats import Chat, Pair, Shape, Text, check_mapped, detect, read_row, rename
 from postil.data.load import draft_of
 from postil.data.rows import Row
 from postil.engine import Request
@@ -155,15 +155,17 @@ def _drafts(rows: Rows, tokenizer: Any, options: DataOptions) -> tuple[str, list
         except (DataError, JudgeError) as problem:
             raise DataError(f"{rows.where(row)}: {problem}") from None
         out.append(_Draft(row, value, example, references, draft, _key(example)))
+    check_mapped(options.columns, {name for one in out for name in one.value})
     return fmt, out
 
 
 def _key(example: Chat | Pair | Text) -> str:
-    """Equal for rows that ask the same, whatever columns they ask it in."""
+    """Equal for rows that ask the same, whatever columns they ask it in and whatever weights training gave turns."""
     if isinstance(example, Text):
         return ""
     messages, tools = _conversation(example)
-    return json.dumps([messages[:-1], tools], sort_keys=True)
+    asked = [{key: value for key, value in one.items() if key != "weight"} for one in messages[:-1]]
+    return json.dumps([asked, tools], sort_keys=True)
 
 
 def _grouped(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
@@ -185,7 +187,7 @@ def _items(groups: Sequence[Sequence[_Draft]], base: Base, too_long: Any) -> tup
         if kept:
             first, value = group[0], dict(group[0].value)
             if not isinstance(first.example, Text):
-                value["references"] = list(dict.fromkeys(text for one in group for text in one.references))
+                value["references"] = [text for one in group for text in one.references]  # equal ones vote in SARI
             items.append(Item(tuple(one.row.number for one in group), value, kept, first.example))
     return items, samples
 
