@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -69,10 +71,23 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_it_is_done(
     """A rename that reaches the disk before the bytes is an empty file after a power cut; one that never reaches it
     was said to be done."""
     place = tmp_path / "place"
+    place.mkdir()
     for text in ("one", "two"):
         calls.clear()
         write_text(place / "a", text)
         assert calls == [("fsync", "TMP", text), ("rename", "TMP", "a"), ("fsync", "place", "a")]
+
+
+@needs_proc
+@pytest.mark.parametrize("what", [atomic_file, atomic_directory])
+def test_folders_that_were_made_for_it_are_on_the_disk_too(
+    what: Callable[[Path], AbstractContextManager[Path]], calls: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    with what(tmp_path / "new/newer/a") as temporary:
+        assert calls == [("fsync", tmp_path.name, "new"), ("fsync", "new", "newer")]
+        if what is atomic_file:
+            temporary.touch()
+    assert calls[-1] == ("fsync", "newer", "a")
 
 
 @needs_proc
@@ -83,6 +98,7 @@ def test_a_directory_is_on_the_disk_with_all_that_is_in_it_before_its_name(
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     place = tmp_path / "place"
+    place.mkdir()
     with atomic_directory(place / "a", marker="mark", carry=True) as temporary:
         (temporary / "mark").write_text("one")
         (temporary / "notes").write_text("mine")

@@ -34,6 +34,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in, each new name flushed to the disk."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        _fsync(path.parent)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -50,7 +58,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     temporary = _temporary_beside(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         yield temporary
         _fsync(temporary)
         os.replace(temporary, target)
@@ -77,7 +85,7 @@ def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool
         check_vacant(target)
     temporary = _temporary_beside(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         temporary.mkdir()
         yield temporary
         if carry and target.is_dir():

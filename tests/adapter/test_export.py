@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from postil.adapter import Adapter, LoraConfig, attach, detach
-from postil.adapter.export import export_merged
+from postil.adapter.export import _cast, export_merged
 from postil.adapter.merge import merge, unmerge
 from postil.base import live_digest
 from postil.errors import AdapterError, StorageError
@@ -127,3 +127,18 @@ def test_a_full_disk_leaves_nothing(untying: bool, lab: Any, tmp_path: Path, mon
     assert [path for path in tmp_path.iterdir() if path.name != "home"] == []
     assert base.config.tie_word_embeddings
     assert live_digest(base) == before
+
+
+def test_a_cast_takes_no_tensor_for_another_that_begins_where_it_does() -> None:
+    whole = torch.arange(6.0)
+    state = {
+        "whole": whole, "tied": whole, "turned": whole.view(2, 3).T, "square": whole[:4].view(2, 2),
+        "first": whole[:1], "empty": torch.empty(0, 3), "other empty": torch.empty(2, 0), "codes": torch.arange(3),
+        "half": torch.zeros(3, dtype=torch.bfloat16),
+    }  # fmt: skip
+    cast = _cast(state, torch.bfloat16)
+    for key, value in state.items():
+        assert cast[key].shape == value.shape
+        assert torch.equal(cast[key], value.to(torch.bfloat16) if value.is_floating_point() else value)
+    assert cast["tied"] is cast["whole"]
+    assert cast["codes"].dtype == torch.int64

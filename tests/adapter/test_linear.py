@@ -169,6 +169,8 @@ def test_a_weight_of_zero_stands_beside_modules_saved_whole(lab: Any) -> None:
         got = lab.plain(model, lab.ids)
         model.activate(same)
         assert torch.equal(lab.plain(model, lab.ids), got)
+    attach(model, LoraConfig(), name="third")
+    model.activate({"whole": 0.0, "other": 0.5, "third": 0.5})
     with pytest.raises(AdapterError, match="cannot be combined"):
         model.activate({"whole": 0.5, "other": 1e-3})
 

@@ -112,20 +112,25 @@ def test_the_gate_lets_through_or_refuses_with_3(judge: Any, here: Path) -> None
 
 def test_without_general_text_the_gate_refuses(judge: Any, postil: Any, base: Path, here: Path) -> None:
     result = postil("judge", here / "note", "--base", base, "--target", here / "test.jsonl", "--general", "none",
-                    "--gate", "target.nats < 100", "--set", "max_new_tokens=4")  # fmt: skip
+                    "--chat", "none", "--gate", "target.nats < 100", "--set", "max_new_tokens=4")  # fmt: skip
     assert result.code == 3
     assert "no general data" in result.err
 
 
 def test_the_version_in_service_is_compared_with(judge: Any, here: Path) -> None:
     shutil.copytree(here / "note", here / "live")
-    words = ("--gate", "target.nats <= live", "--live", here / "live")
+    words = ("--gate", "target.nats <= live and general.nats.high <= live", "--live", here / "live")
     unjudged = judge(*words)
     assert unjudged.code == 2
     assert "live holds no score card to compare with; judge it first" in unjudged.err
     assert judge().code == 0
     shutil.copy(here / "note/postil.json", here / "live/postil.json")
-    assert judge(*words).code == 0
+    same = judge(*words)
+    assert same.code == 0, same
+    assert "live (row by row 0 [0, 0])" in same.out
+    other = judge(*words, "--set", "general.window=32")  # other rows
+    assert other.code == 3
+    assert "general.nats was judged on other rows" in other.err
 
 
 def test_the_card_can_be_left_out(judge: Any, here: Path) -> None:

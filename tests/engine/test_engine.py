@@ -93,6 +93,25 @@ def test_odd_architectures_answer_as_by_themselves(
     assert close <= 1
 
 
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_each_answer_is_told_once_as_soon_as_it_is_finished(
+    kind: str, make_base: Callable[..., Any], make_adapters: Callable[..., Any]
+) -> None:
+    base = make_base(kind)
+    told: dict[int, Answer] = {}
+    counts: list[tuple[int, int]] = []
+
+    def finished(place: int, answer: Answer) -> None:
+        assert place not in told
+        told[place] = answer
+
+    with Engine(base, make_adapters(base), max_batch=4) as engine:
+        answers = engine.run(mixed(12), lambda done: counts.append((done, len(told))), finished)
+    assert [told[place] for place in range(12)] == answers
+    assert all(done == known for done, known in counts)
+    assert len(set(counts)) > 4  # as they come, not at the end
+
+
 def test_adapters_change_the_answers(make_base: Callable[..., Any], make_adapters: Callable[..., Any]) -> None:
     base = make_base("llama")
     with Engine(base, make_adapters(base)) as engine:

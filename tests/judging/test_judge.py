@@ -231,7 +231,8 @@ def test_an_own_measure_is_tried_before_the_work_and_has_a_name_of_its_own(
     assert list(card.target.measures) == ["own.bleu", "bleu", "nats"]
     assert card.find("target.own.bleu").base.value == 100 != card.find("target.bleu").base.value
     assert card.find("target.group=a.own.bleu").rows == 10
-    assert check(card, "target.own.bleu > base - 1 and slices.own.bleu > base - 1").passed
+    free = "general.nats < base + 100"  # named, so that so little text is enough
+    assert check(card, f"target.own.bleu > base - 1 and slices.own.bleu > base - 1 and {free}").passed
     with pytest.raises(JudgeError, match=r"two measures would be called 'own\.bleu'"):
         judge(base, files["adapter"], target=files["test"], general=None, keep=False,
               options=options(metrics=(f"{own}:bleu", f"{own.parent}/./cheat.py:bleu")))  # fmt: skip

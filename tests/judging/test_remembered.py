@@ -227,7 +227,7 @@ def test_changed_code_asks_anew(stored: Path, note: Adapter, monkeypatch: pytest
 
 
 def test_the_code_is_all_that_values_come_of(tmp_path: Path) -> None:
-    package = Path(memory.__file__).parents[2]
+    package = Path(memory.__file__).parents[1]
     for folder in ("judging", "kernels", "cli"):
         shutil.copytree(package / folder, tmp_path / "a" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")

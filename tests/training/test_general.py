@@ -85,7 +85,7 @@ def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     ("documents", "options", "said"),
     [
         ([document(1, 1)], {}, "no document of two tokens or more to watch"),
-        ([document(1, 90)], {"kl_weight": 1.0}, "there is 1 general document, and half of them"),
+        ([document(1, 90)], {"kl_weight": 1.0}, "there is 1 general document, and some must be watched"),
     ],
 )
 def test_too_little_text(documents: list[Sample], options: dict[str, float], said: str) -> None:
@@ -99,15 +99,17 @@ def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample
             train(model, samples, **{name: 0.5})
 
 
-def test_conversations_are_halved_apart_and_stay_whole() -> None:
+def test_conversations_are_parted_and_stay_whole() -> None:
     chats = [document(row, 20 + row, 1000 * row) for row in range(1, 12)]
     given = Documents(prose=[document(1, 90), document(2, 90)], chat=chats)
     general = split_general(given, options_of(watch_windows=1), base())
     assert general.documents == 13
-    assert len(general.chat_watched) == 4  # for each window that may be watched
-    assert len(general.chat_held) == 5
+    assert len(general.chat_watched) == 3  # a quarter
+    assert len(general.chat_held) == 8
     starts = [int(one.ids[0]) for one in (*general.chat_watched, *general.chat_held)]
-    assert len(set(starts)) == 9
+    assert len(set(starts)) == 11
+    many = Documents(chat=[document(row, 20, 1000 * row) for row in range(1, 40)])
+    assert len(split_general(many, options_of(watch_windows=1), base()).chat_watched) == 4  # for each window
     whole = {int(one.ids[0]): len(one.ids) for one in chats}
     assert all(len(one.ids) == whole[int(one.ids[0])] and one.row == 0 for one in general.chat_held)
     alone = split_general(Documents(chat=chats), options_of(kl_weight=1.0), base())

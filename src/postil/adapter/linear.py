@@ -165,7 +165,7 @@ class ReplacedModule:
         lead = x.shape if isinstance(self.module, nn.Embedding) else x.shape[:-1]
         tokens = self.tokens_of()
         rows = lead.numel() if tokens is None else tokens
-        spans = [item for item in self.spans_of(rows).items if item.slot in self.slots and item.scale]
+        spans = [item for item in self.spans_of(rows).items if item.slot in self.slots]
         if len(spans) == 1 and (spans[0].start, spans[0].end) == (0, rows):
             return self._with(spans[0], x, *args, **kwargs)
         y = self.original(x, *args, **kwargs)

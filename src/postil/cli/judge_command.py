@@ -28,7 +28,8 @@ def judge(
     base: Annotated[str, typer.Option("--base", "-b", help="Model directory, known base, hub name, GGUF.")],
     target: Annotated[str | None, typer.Option("--target", "-t", help="Held-out rows of its task.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Measures of answers, a,b; the first decides (else by the rows).")
+        str | None,
+        typer.Option(help="Measures of answers, a,b (docs/judging.md); the first decides (else the rows)."),
     ] = None,
     general: Annotated[
         str, typer.Option(help='Rows {"text"} of what must not get worse; none leaves it out.')

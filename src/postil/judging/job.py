@@ -218,7 +218,10 @@ def run(
             raise JudgeError(f"{phase}: {problem}") from None
 
     def read(kept: Any) -> Answer:
-        return Answer(**kept | {key: tuple(kept[key]) for key in ("ids", "margins")})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()
+        }
+        return Answer(**values)
 
     common = repr((job.options.batch, sorted(eos_ids(model)))).encode()
     asked = [common + asked_of(one, number, model) for number, one in enumerate(requests, 1)]

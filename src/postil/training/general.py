@@ -56,7 +56,7 @@ class General:
 
     @property
     def watched_tokens(self) -> int:
-        """The tokens that pass through the model whenever they are measured."""
+        """All tokens of a look at what is watched."""
         return sum(len(one.ids) for one in (*self.watched, *self.chat_watched))
 
     def mixed(self, options: Settled, step: int) -> list[Sample]:
@@ -68,7 +68,7 @@ class General:
         prose = _drawn(self.held, options.seed, "mix", step, count - chats) if count > chats else []
         return prose + _drawn(self.chat_held, options.seed, "mix chat", step, chats)
 
-    def compared(self, options: TrainOptions, step: int) -> dict[str, list[Sample]]:
+    def compared(self, options: Settled, step: int) -> dict[str, list[Sample]]:
         """By kind, the kl_rows rows on which step `step` compares adapter and base (kl_weight), likewise."""
         count = options.kl_rows if options.kl_weight else 0
         drawn = {
@@ -79,12 +79,9 @@ class General:
 
     def lines(self, options: Settled) -> list[str]:
         """What is done with them, in sentences for the user."""
-        kinds = {"prose": self.watched, "chat": self.chat_watched}
-        told = " and ".join(
-            f"{sum(one.target_tokens for one in watched):,} tokens of {kind}"
-            for kind, watched in kinds.items()
-            if watched
-        )
+        kinds = [("prose", self.watched), ("chat", self.chat_watched)]
+        counts = [(kind, sum(one.target_tokens for one in watched)) for kind, watched in kinds if watched]
+        told = " and ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in counts)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"
         lines = [f"general ability: {self.documents} documents; {told} watched at each validation{bound}"]
         held = [
@@ -120,7 +117,8 @@ def check_general(options: TrainOptions, given: bool) -> None:
 
 
 def split_general(documents: Documents | Sequence[Sample], options: TrainOptions, base: Base) -> General:
-    """Half of the documents to watch, half to hold to, of each kind; the halves never change.
+    """The documents to watch and those to hold to: half of the prose each, a quarter of the chats and the rest, for
+    what an adapter must not answer elsewhere has many kinds; the parts never change.
 
     The watched windows are spread evenly over their half. The split depends on the documents alone, so that
     runs with other options or seeds watch the same. A document's end of sequence parts it from the next
@@ -129,16 +127,16 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
     given = documents if isinstance(documents, Documents) else Documents(prose=documents)
     end = getattr(base.tokenizer, "eos_token_id", None)
     whole = [list(parts) for _, parts in groupby((_open(one, end) for one in given.prose), key=lambda one: one.row)]
-    halves = _halves(whole)
+    halves = _parted(whole, 2)
     watch, hold = (min(size, base.context or size) for size in (WINDOW, options.general_tokens))
     watched, held = _windows(halves[0], watch), _windows(halves[1], hold)
     chats = [replace(one, row=0) for one in given.chat if one.target_tokens]
-    chat_watched, chat_held = _halves(chats)
+    chat_watched, chat_held = _parted(chats, 4)
     if not (watched or chat_watched):
         raise RecipeError("the general rows have no document of two tokens or more to watch; give a longer one")
     if not (held or chat_held) and (options.kl_weight or options.general_share):
         raise RecipeError(
-            f"there is {len(whole) + len(chats)} general document, and half of them are watched; "
+            f"there is {len(whole) + len(chats)} general document, and some must be watched; "
             "kl_weight and general_share need at least one more"
         )
     return General(
@@ -147,11 +145,11 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
     )  # fmt: skip
 
 
-def _halves(documents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The documents in two halves, by chance and always the same."""
+def _parted(documents: Sequence[Any], part: int) -> tuple[list[Any], list[Any]]:
+    """One `part`th of the documents and the rest, by chance and always the same."""
     order = np.random.Generator(np.random.PCG64(derive(0, "general"))).permutation(len(documents))
-    middle = (len(documents) + 1) // 2
-    return [documents[int(index)] for index in order[:middle]], [documents[int(index)] for index in order[middle:]]
+    first = -(-len(documents) // part)
+    return [documents[int(index)] for index in order[:first]], [documents[int(index)] for index in order[first:]]
 
 
 def _spread(found: Sequence[Sample], most: int) -> list[Sample]:

@@ -82,9 +82,10 @@ class Job:
         return seconds_per_run(self.model, self.training, "default", self.options, self.general)
 
     def general_lines(self) -> list[str]:
-        """What is done with the general text, in sentences; none where there is none."""
-        options = self.options
-        return split_general(self.general, options, self.base).lines(options) if len(self.general) else []
+        """What is done with the general rows, in sentences; none where there are none."""
+        if not len(self.general):
+            return []
+        return split_general(self.general, self.options, self.base).lines(self.options)
 
 
 def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, total: None) -> Job:

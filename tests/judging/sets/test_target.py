@@ -91,6 +91,9 @@ def test_the_references_a_row_brings(base: Base) -> None:
     found = read_target(rows, base, RAW)
     assert [item.value["references"] for item in found.items] == [["eins", "uno"], ["zwei", "zwo"]]
     assert found.samples[0].target_tokens == len("eins") + 1  # the first reference is what is scored
+    (item,) = read_target([{"prompt": "one", "references": ["", "eins"]}], base, RAW).items
+    assert item.value["references"] == ["", "eins"]  # an empty one counts, and the first that is not is scored
+    assert item.value["completion"] == "eins"
 
 
 @pytest.mark.parametrize("fmt", ["chat", "prompt"])
@@ -219,6 +222,7 @@ def test_a_packed_file_with_renamed_columns(base: Base, tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', "test.jsonl:2: not JSON"),
         ('{"promt": "a", "completion": "b"}', r"test.jsonl:1: .*did you mean 'prompt'\?"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "test.jsonl:2: no column 'completion'"),
+        ('{"prompt": "a", "references": [""]}', "test.jsonl:1: `references` holds empty texts alone"),
         ('{"prompt": "a", "references": []}', "test.jsonl:1: `references` must be a list of at least one string"),
         (
             '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',

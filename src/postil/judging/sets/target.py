@@ -147,7 +147,9 @@ def _drafts(rows: Rows, tokenizer: Any, options: DataOptions) -> tuple[str, list
         try:
             value = rename(row.value, options.columns)
             if "completion" not in value and "prompt" in value and "references" in value:
-                value["completion"] = wanted(value)[0]
+                value["completion"] = next((text for text in wanted(value) if text.strip()), "")
+                if not value["completion"]:
+                    raise DataError("`references` holds empty texts alone, and one that is scored must say something")
             shape = shape or detect(value, options)
             example = read_row(value, shape)
             references = [] if isinstance(example, Text) else wanted(value)
