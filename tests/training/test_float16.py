@@ -19,7 +19,8 @@ from postil.data import Sample, pack
 from postil.errors import RunError
 from postil.training import TrainOptions, train
 from postil.training.holding import BaseStates, kl_gradients
-from postil.training.loop import AdapterWeights, FullWeights, _gradients, _risen
+from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.step import _risen, gradients
 
 TARGETS = 4096
 METHODS = ("lora", "qlora", "full")
@@ -56,7 +57,7 @@ Step = Callable[[AdaptedModel, Any, Any, TrainOptions], float]
 
 
 def learning(model: AdaptedModel, weights: Any, resident: Any, options: TrainOptions) -> float:
-    return _gradients(model, weights, resident, [pack(rows())], options, 1)[0]
+    return gradients(model, weights, resident, [pack(rows())], options, 1)[0]
 
 
 def holding(model: AdaptedModel, weights: Any, resident: Any, options: TrainOptions) -> float:
@@ -102,7 +103,7 @@ def test_gradients_beyond_float16_are_scaled_down_and_learned(tmp_path: Path) ->
     model = model_in(torch.float16, first=LARGE)
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
-    _gradients(model, weights, resident, [pack(rows())], TrainOptions(), 1)
+    gradients(model, weights, resident, [pack(rows())], TrainOptions(), 1)
     assert not weights.grad.isfinite().all()  # as the sum is
     resident.train(False)
     (got,) = one_step(model, tmp_path)

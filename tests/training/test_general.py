@@ -19,7 +19,8 @@ from postil.kernels.layout import Layout, Span, Spans, positions_of
 from postil.training import train
 from postil.training.general import Documents, General, split_general
 from postil.training.holding import BaseStates, kl_gradients
-from postil.training.loop import AdapterWeights, FullWeights, _gradients, _steps
+from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.step import gradients, steps_of
 
 
 def base(context: int | None = None, end: int | None = None) -> SimpleNamespace:
@@ -150,14 +151,14 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
 def test_general_rows_join_every_step_and_no_row_of_the_data_is_lost() -> None:
     samples, options = tiny_samples(), options_of(general_share=0.3, accumulation=2, general_tokens=16)
     general = split_general(tiny_documents(), options, base())
-    steps = list(_steps(samples, options, 0, 6, general))
+    steps = list(steps_of(samples, options, 0, 6, general))
     rows = [[row for pack in packs for row in pack.rows] for _, packs in steps]
     assert [step.count(0) for step in rows] == [2] * 6  # 0.3 of 8 rows
     own = sorted(row for step in rows[:3] for row in step if row)
     assert own == sorted(sample.row for sample in samples)
-    (_, resumed), *_ = _steps(samples, options, 4, 6, general)
+    (_, resumed), *_ = steps_of(samples, options, 4, 6, general)
     assert [pack.ids.tolist() for pack in resumed] == [pack.ids.tolist() for pack in steps[4][1]]
-    assert not any(row == 0 for _, packs in _steps(samples, options, 0, 6) for pack in packs for row in pack.rows)
+    assert not any(row == 0 for _, packs in steps_of(samples, options, 0, 6) for pack in packs for row in pack.rows)
 
 
 # The gradient
@@ -200,19 +201,19 @@ def test_kl_is_divided_by_its_own_tokens_and_any_split_gives_the_same(accumulati
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_a_step_with_everything_on_does_not_depend_on_the_split(accumulation: int) -> None:
-    gradients = []
+    found = []
     for count in (1, accumulation):
         model = tiny_model()
         attach(model, LoraConfig(r=4, dropout=0.3), seed=1)
         weights, resident = trained(model), model.resident("default")
         options = options_of(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
         general = split_general(tiny_documents(), options, model.base)
-        _, packs = next(_steps(tiny_samples(), options, 0, 1, general))
+        _, packs = next(steps_of(tiny_samples(), options, 0, 1, general))
         assert len(packs) == count
-        _gradients(model, weights, resident, packs, options, 1)
+        gradients(model, weights, resident, packs, options, 1)
         kl_gradients(model, weights, resident, general.compared(options, 1), options, 1, BaseStates(nullcontext))
-        gradients.append(weights.grad.clone())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+        found.append(weights.grad.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
 def test_full_fine_tuning_is_held_to_the_weights_it_began_with() -> None:

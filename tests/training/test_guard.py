@@ -27,8 +27,9 @@ from postil.training.batch import to_device
 from postil.training.checkpoint import Progress
 from postil.training.general import Documents, split_general
 from postil.training.guard import Gauge, Gauges, Guarded, keep
-from postil.training.loop import Outcome, run, validate
+from postil.training.loop import Outcome, run
 from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.validation import validate
 
 GUARD = 0.05
 HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1, "patience": 0}

@@ -85,7 +85,7 @@ def judge(
     from postil.judging.judge import judge as run
     from postil.judging.options import SCALES, JudgeOptions
     from postil.reporting.report import write_beside
-    from postil.training.recipe import with_settings
+    from postil.settings import with_settings
 
     flags: dict[str, Any] = {
         "metrics": _words(metrics), "slices": _words(slices), "null": null,

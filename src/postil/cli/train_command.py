@@ -50,7 +50,8 @@ def train(
     chat are measured at every validation and the best state that leaves both whole is kept.
     Example: postil train --base smollm2-135m-instruct --data train.jsonl --out runs/support
     """
-    from postil.training import Recipe, read_recipe, with_settings
+    from postil.settings import with_settings
+    from postil.training import Recipe, read_recipe
 
     values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out),

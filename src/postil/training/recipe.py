@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field
 from safetensors import SafetensorError
 
@@ -25,7 +23,7 @@ from postil.files import atomic_directory, write_json
 from postil.settings import Settings
 from postil.training.card import card_of, digests_of, earlier_rows, rows_seen
 from postil.training.defaults import settled
-from postil.training.directory import check_foreign, keep_recipe, only_trainer, read_yaml
+from postil.training.directory import check_foreign, keep_recipe, only_trainer
 from postil.training.documents import general_documents
 from postil.training.general import Documents, split_general, wants_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
@@ -55,37 +53,6 @@ class Recipe(Settings):
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
     rows: DataOptions = Field(default_factory=DataOptions)
     training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
-
-
-def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """A recipe's mapping with `training.learning_rate=2e-4` and the like set; values are read as YAML."""
-    out: dict[str, Any] = copy.deepcopy(values)
-    for setting in settings:
-        key, mark, text = setting.partition("=")
-        if not mark or not key:
-            raise RecipeError(f"--set {setting}: write key=value, for example --set training.learning_rate=2e-4")
-        place = out
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
-            place = inner
-        try:
-            place[last] = _number(read_yaml(text))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
-    return out
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 @dataclass(slots=True)
@@ -162,16 +129,22 @@ def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, 
         general = general_documents(
             model, recipe.general or SHIPPED, skip_bad_lines=recipe.rows.skip_bad_lines, done=answered
         )
-    beside = split_general(general, recipe.training, base) if len(general) else None
-    now, why = settled(recipe.training, training, valid, beside.watched_tokens if beside is not None else 0)
     if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
         earlier = earlier_rows(model.resident("default"))
+    now, why = _settled(recipe, base, training, valid, general)
     recipe = recipe.model_copy(update={"training": now})
     return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general, earlier)
+
+
+def _settled(
+    recipe: Recipe, base: Base, training: list[Sample], valid: list[Sample], general: Documents
+) -> tuple[Settled, tuple[str, ...]]:
+    watched = split_general(general, recipe.training, base).watched_tokens if len(general) else 0
+    return settled(recipe.training, training, valid, watched)
 
 
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
@@ -202,8 +175,7 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
 def _normal(job: Job, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's mapping with every key, what it leaves to the data chosen from the job's."""
     other: Recipe = Recipe.parse(values)
-    beside = split_general(job.general, other.training, job.base) if len(job.general) else None
-    now, _ = settled(other.training, job.training, job.valid, beside.watched_tokens if beside is not None else 0)
+    now, _ = _settled(other, job.base, job.training, job.valid, job.general)
     return other.model_copy(update={"training": now}).model_dump(mode="json")
 
 
