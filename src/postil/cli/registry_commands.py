@@ -62,9 +62,7 @@ def publish(
     with _answered(name, json, junit):
         version = opened(registry).publish(adapter, name, alias=alias, override=override, new_base=new_base)
     _report(version.gate, name, json, junit)
-    if not version.new:
-        console.note("these bytes were published before; it is the same version")
-    _tell(version, alias)
+    _tell(version, alias, "" if version.new else "these bytes were published before; it is the same version")
 
 
 @app.command("list")
@@ -182,7 +180,7 @@ def _report(result: object, name: str, json: Path | None, junit: Path | None) ->
         write_text(junit, result.junit(name))
 
 
-def _tell(version: Version, alias: str) -> None:
+def _tell(version: Version, alias: str, known: str = "") -> None:
     if version.gate is not None:
         console.note(version.gate.sentence)
         if version.gate.worse:
@@ -191,6 +189,8 @@ def _tell(version: Version, alias: str) -> None:
         console.warn("the policy was overridden, which is logged")
     if version.scope == "task":
         console.warn("this version is for its own task alone (its card's scope)")
+    if known:
+        console.note(known)
     console.note(f"{version.name}@{alias} {'now points' if version.moved else 'pointed already'} at {version.short}")
     console.out.print(version.digest, soft_wrap=True)
 

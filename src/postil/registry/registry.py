@@ -20,7 +20,7 @@ from postil.registry.directory import check_alias, check_name
 from postil.registry.finding import LIVE, Version, aliases_of, digest_of, known, parsed, record_of, version_of
 from postil.registry.log import who
 from postil.registry.opening import opened
-from postil.registry.policy import Policy
+from postil.registry.policy import LATEST, Policy
 from postil.registry.ports import Blobs, Catalog
 from postil.registry.request import Asked, Request
 from postil.registry.state import Act, Event, State
@@ -195,7 +195,8 @@ class Registry:
         """
         check_name(name)
         check_alias(alias)
-        parse(policy.expression)
+        if policy.gate != LATEST:
+            parse(policy.gate)
         self.catalog.check_own()
         act = Act(action="policy", alias=alias, policy=policy, reason=reason)
         first = self.catalog.state(name)
