@@ -48,6 +48,18 @@ def files(tmp_path: Path, taught: Adapter, rows: Rows) -> dict[str, Path]:
     return found
 
 
+def test_an_adapter_whose_numbers_overflow_gets_no_card(base: Base, files: dict[str, Path], taught: Adapter) -> None:
+    """Half an answer is none to score; without answers the likelihoods say it, and no gate passes them."""
+    tensors = {
+        key: torch.full_like(value, 3e38) if "lora_B" in key else value for key, value in taught.tensors.items()
+    }
+    evil = replace(taught, tensors=tensors)
+    told = "answers of what is judged: the adapter 'judged' gave values that are not finite"
+    with pytest.raises(JudgeError, match=rf"{told}.*\(20 of 20 answers broke off\)"):
+        judge(base, evil, target=files["test"], general=TEXT, options=options())
+    assert attach(base).residents == {}
+
+
 def test_the_card_of_an_adapter_that_learned_its_task(base: Base, files: dict[str, Path], taught: Adapter) -> None:
     before = live_digest(base.model)
     told: list[dict[str, Any]] = []
