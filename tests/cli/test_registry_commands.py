@@ -224,20 +224,8 @@ def test_the_card_of_a_real_judgement_goes_through_the_gate(
     assert "passed: target.nats " in result.err
     assert postil("registry", "policy", "support", "--gate", "target is better").code == 0
     assert "no evidence" in postil("publish", place, "--as", "support").err
-    without = postil(
-        "judge",
-        place,
-        "--base",
-        base,
-        "--target",
-        rows,
-        "--general",
-        "none",
-        "--chat",
-        "none",
-        "--set",
-        "resamples=100",
-    )
+    without = postil("judge", place, "--base", base, "--target", rows, "--general", "none", "--chat", "none",
+                     "--set", "resamples=100")  # fmt: skip
     assert without.code == 0, without
     assert postil("registry", "policy", "support", "--gate", "target.nats < base").code == 0
     refused = postil("publish", place, "--as", "support")
