@@ -118,7 +118,8 @@ def test_the_card_of_a_real_judgement_goes_through_the_gate(
     assert result.code == 0, result
     assert "passed: target.nats " in result.err
     assert "no evidence" in postil("publish", place, "--as", "support", "--gate", f"target is better and {gate}").err
-    without = postil("judge", place, "--base", base, "--target", rows, "--general", "none", "--set", "resamples=100")
+    without = postil("judge", place, "--base", base, "--target", rows, "--general", "none", "--chat", "none",
+                     "--set", "resamples=100")  # fmt: skip
     assert without.code == 0, without
     refused = postil("publish", place, "--as", "support", "--gate", gate)
     assert refused.code == 3

@@ -290,3 +290,52 @@ def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() ->
     assert got.samples == (2, 3, 4, 6, 7, 8)
     with pytest.raises(DataError, match="at least one sample"):
         pack_shared([])
+
+
+def asking(questions: list[int], seed: int = 0) -> list[Sample]:
+    """A row for each number: rows of one number ask the same and answer something else."""
+    return [
+        Sample(np.array([question, 5, 100 + row], dtype=np.int32), np.array([0, 0, 1], dtype=np.float32), row,
+               question=f"{question}".encode())
+        for row, question in enumerate(questions, start=1)
+    ]  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.floats(0, 0.6), st.integers(0, 5))
+def test_rows_that_ask_the_same_are_held_out_together(questions: list[int], share: float, seed: int) -> None:
+    samples = asking(questions)
+    train, valid = split_valid(samples, share, seed)
+    held = {sample.row for sample in valid}
+    assert train
+    assert sorted(sample.row for sample in (*train, *valid)) == [sample.row for sample in samples]
+    assert [sample.row for sample in split_valid(samples, share, seed)[1]] == [sample.row for sample in valid]
+    wanted = min(max(1, round(share * len(questions))) if share else 0, len(questions) - 1)
+    assert bool(held) == (wanted > 0)
+    least = min(questions.count(one) for one in questions)
+    if wanted and least <= len(questions) // 4:
+        assert {one.question for one in train}.isdisjoint(one.question for one in valid)
+        assert len(held) <= max(len(questions) // 4, 2 * wanted)
+
+
+def test_the_share_is_met_as_near_as_whole_questions_come() -> None:
+    def held(questions: list[int], share: float) -> int:
+        return len(split_valid(asking(questions), share, 0)[1])
+
+    assert held([n // 8 for n in range(400)], 0.1) == 40  # 50 questions of eight rows: five of them
+    assert held([n // 8 for n in range(400)], 0.055) == 24  # 22 are wanted: 24 is nearer than 16
+    assert held([n // 8 for n in range(400)], 0.045) == 16  # 18 are wanted: 16 is nearer than 24
+    assert held([n // 25 for n in range(100)], 0.05) == 25  # a question at least
+    assert held([*[0] * 99, 1], 0.05) == 1
+
+
+def test_where_every_row_asks_the_same_rows_are_held_out_and_equal_ones_together() -> None:
+    assert len(split_valid(asking([0] * 100), 0.05, 0)[1]) == 5
+    twice = [
+        Sample(one.ids, one.weights, 2 * one.row + again, question=one.question)
+        for one in asking([0] * 50) for again in (0, 1)
+    ]  # fmt: skip
+    train, valid = split_valid(twice, 0.05, 0)
+    assert len(valid) in (4, 6)
+    assert {one.ids.tobytes() for one in train}.isdisjoint(one.ids.tobytes() for one in valid)
+    same = [Sample(twice[0].ids, twice[0].weights, row) for row in range(1, 11)]
+    assert [len(part) for part in split_valid(same, 0.1, 0)] == [9, 1]

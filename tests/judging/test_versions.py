@@ -39,10 +39,7 @@ def test_a_card_tells_what_defines_its_measures_and_keeps_the_main_ones_rows(
     card_of: Callable[..., ScoreCard],
 ) -> None:
     card = card_of(slices=("group",), smallest_slice=6)
-    measures = [
-        *card.target.measures.values(),
-        *(m for part in card.general.values() for m in part.measures.values()),
-    ]  # type: ignore[union-attr]
+    measures = [m for _, _, part in sides(card) for m in part.measures.values()]
     assert all(len(m.definition) == 16 for m in measures)
     assert len({card.find(path).definition for path in ("target", "target.nats", "general.nats", "general.kl")}) == 4
     assert unpacked(card.find("target").row_values).tolist() == [100.0] * 12

@@ -242,11 +242,9 @@ class AdaptedModel:
         """The tokens of the flat batch in force; None in a plain call, and where the head is given chosen rows."""
         return self.layout.tokens if self.layout is not None and self.spans_now is None else None
 
-    def spans_for(self, weights: Mapping[str, float], end: int, start: int = 0, seed: int = 0) -> Spans:
-        """Rows start..end with the named adapters at these weights."""
-        return Spans.of(
-            Span(start, end, self.resident(name).slot, scale, seed) for name, scale in weights.items() if scale
-        )
+    def spans_for(self, weights: Mapping[str, float], rows: int) -> Spans:
+        """All of `rows` rows with the named adapters at these weights."""
+        return Spans.of(Span(0, rows, self.resident(name).slot, scale) for name, scale in weights.items() if scale)
 
     @contextmanager
     def using(self, layout: Layout) -> Iterator[None]:

@@ -42,8 +42,12 @@ def judge(
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), a,b, or a task's YAML.")
     ] = None,
-    shots: Annotated[int, typer.Option(help="Examples from --train in the base's few-shot prompt.")] = 0,
-    train: Annotated[str | None, typer.Option(help="The rows that examples are drawn from.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples in the base's few-shot prompt (4 where --train is known).")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="The rows it learned, for examples and baselines (else its recipe's).")
+    ] = None,
     slices: Annotated[str | None, typer.Option(help="Columns to look at value by value, a,b.")] = None,
     scope: Annotated[
         str | None, typer.Option(help="task: the adapter is only ever asked its own task (else assistant).")
@@ -84,12 +88,13 @@ def judge(
     from postil.settings import with_settings
 
     flags: dict[str, Any] = {
-        "metrics": _words(metrics), "slices": _words(slices), "shots": shots, "null": null,
+        "metrics": _words(metrics), "slices": _words(slices), "null": null,
         "curve": SCALES if curve else (), "scope": scope,
     }  # fmt: skip
     if lm_eval is not None:
         flags["lm_eval"] = {"tasks": _words(lm_eval)}
-    values = with_settings({key: value for key, value in flags.items() if value}, set_ or [])
+    given = {key: value for key, value in flags.items() if value} | ({"shots": shots} if shots is not None else {})
+    values = with_settings(given, set_ or [])
     options = JudgeOptions.parse(values)
     expression = DEFAULT if gate == "default" else gate
     in_service = _checked(expression, live, junit)
@@ -231,7 +236,9 @@ def _worst_slices(path: str, part: Part) -> list[tuple[str, Comparison]]:
 
 
 def _lines(card: ScoreCard) -> Iterator[str]:
-    """What the table does not hold: the sets, the curve, leakage."""
+    """What the table does not hold: the sets, the curve, baselines, leakage."""
+    from postil.reporting.card_page import baseline_line
+
     sets = {"target": card.target, **card.general}
     for name, part in sets.items():
         if part is not None and name != "kl":
@@ -244,6 +251,9 @@ def _lines(card: ScoreCard) -> Iterator[str]:
         values = {"target": point.target, "target nats": point.target_nats, "general nats": point.general_nats}
         told = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
         yield f"scale {point.scale:g}: {told}"
+    for name, part in sets.items():
+        if part is not None and (line := baseline_line(part)):
+            yield f"{name}: {line}"
     if card.leakage is not None:
         found = card.leakage
         told = f"adapter {found.adapter.value:.1f}%, base {found.base.value:.1f}%"

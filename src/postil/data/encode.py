@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,12 @@ class Draft:
     text: str
     spans: tuple[tuple[int, int, float], ...]
     close: bool
+
+    @property
+    def question(self) -> bytes:
+        """A digest of the text before the last answer; empty where there is none, as in a running text."""
+        before = self.text[: self.spans[-1][0]] if self.spans else ""
+        return hashlib.blake2b(before.encode(), digest_size=16).digest() if before else b""
 
 
 @dataclass(slots=True)
@@ -216,7 +223,7 @@ def encode(
             continue
         if truncated:
             tally.truncated.append(draft.row)
-        samples.append(Sample(ids, weights, draft.row, truncated))
+        samples.append(Sample(ids, weights, draft.row, truncated, draft.question))
     return samples
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from postil.data.digests import RowDigests, row_digests
 from postil.data.encode import Draft, Tally, draft_chat, draft_pair, draft_text, encode
 from postil.data.formats import Chat, Pair, Shape, Text, check_mapped, detect, read_row, rename
 from postil.data.options import DataOptions
@@ -24,11 +25,13 @@ _NAMED = 5  # bad lines that an error names
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Samples ready to be packed, in the source's order, the report of how they came to be, and the options."""
+    """Samples ready to be packed, in the source's order, the report of how they came to be, the options, and the
+    digests of what each row (by its number) asks and answers."""
 
     samples: list[Sample]
     report: DataReport
     options: DataOptions = field(default_factory=DataOptions)
+    digests: dict[int, RowDigests] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class _Reading:
     columns: dict[str, None] = field(default_factory=dict)
     weighted: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
+    digests: dict[int, RowDigests] = field(default_factory=dict)
 
 
 def load_data(
@@ -86,7 +90,8 @@ def load_data(
             f"({limit} tokens), {len(tally.no_target)} have no token with loss within it."
         )
     bad_file = _write_bad(opened, reading.bad, side_directory)
-    return Dataset(samples, _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file), options)
+    report = _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file)
+    return Dataset(samples, report, options, reading.digests)
 
 
 def _tokenizer_of(given: Any, context: int | None) -> tuple[Any, int | None]:
@@ -129,6 +134,7 @@ def _draft_row(row: Row, reading: _Reading, tokenizer: Any, options: DataOptions
     if isinstance(example, Chat):
         reading.weighted += _has_weights(example)
     reading.format, draft = draft_of(row.number, example, tokenizer, options)
+    reading.digests[row.number] = row_digests(example)
     return draft
 
 

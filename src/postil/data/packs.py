@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +23,15 @@ class Sample:
 
     ids: int32 [T].
     weights: float32 [T]; weights[t] is the loss weight of predicting ids[t] from ids[:t]; weights[0] is 0.
-    row: its 1-based line or row in the file. truncated: whether its end was cut off.
+    row: its 1-based line or row in the file. truncated: whether its end was cut off. question: a digest of all that
+    stands before its last answer, equal for rows that ask the same; empty where nothing does, as in running text.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     row: int
     truncated: bool = False
+    question: bytes = b""
 
     @property
     def target_tokens(self) -> int:
@@ -267,17 +270,62 @@ def _first_fit(samples: Sequence[Placed], budget: int) -> list[list[Placed]]:
 
 
 def split_valid(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(train, valid): a seeded `share` of the rows held out, both in the given order.
+    """(train, valid): a seeded `share` of the rows held out by their questions, both in the given order.
 
-    Samples of one row stay together. At least one row is held out where share > 0 and there are two rows or
-    more, and at least one always stays. Raises RecipeError unless 0 <= share < 1.
+    Rows that ask the same, and running texts that are the same, are all on one side, so that no held-out loss is of a
+    question that was learned; questions are taken by chance while they fit the share, as near to it as whole ones
+    come. At least one row is held out where share > 0 and there are two rows or more, and one always stays. Where
+    the fewest rows of a question are more than a quarter of all (every row asks the same), rows are held out whatever
+    they ask, equal ones together. Raises RecipeError unless 0 <= share < 1.
     """
     if not 0 <= share < 1:
         raise RecipeError(f"the share held out for validation must be from 0 to below 1, found {share}")
-    rows = sorted({sample.row for sample in samples})
-    wanted = max(1, round(share * len(rows))) if share > 0 else 0
+    rows: dict[int, list[Sample]] = {}
+    for sample in samples:
+        rows.setdefault(sample.row, []).append(sample)
+    wanted = min(max(1, round(share * len(rows))) if share > 0 else 0, len(rows) - 1)
     generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, "valid")))
-    chosen = generator.permutation(len(rows))[: max(0, min(wanted, len(rows) - 1))]
-    held = {rows[int(index)] for index in chosen}
+    held = set[int]()
+    for key in (_question, _whole, _row):
+        held = held or _held_out(_grouped(rows, key), wanted, generator)
     train = [sample for sample in samples if sample.row not in held]
     return train, [sample for sample in samples if sample.row in held]
+
+
+def _question(samples: Sequence[Sample]) -> bytes:
+    """What a row's samples ask; all their tokens where they ask nothing."""
+    return next((sample.question for sample in samples if sample.question), b"") or _whole(samples)
+
+
+def _whole(samples: Sequence[Sample]) -> bytes:
+    return hashlib.blake2b(b"".join(sample.ids.tobytes() for sample in samples)).digest()
+
+
+def _row(samples: Sequence[Sample]) -> int:
+    return samples[0].row
+
+
+def _grouped(rows: Mapping[int, Sequence[Sample]], key: Callable[[Sequence[Sample]], Hashable]) -> list[list[int]]:
+    """The rows of each key, in the order of its first row."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in sorted(rows):
+        groups.setdefault(key(rows[row]), []).append(row)
+    return list(groups.values())
+
+
+def _held_out(questions: Sequence[Sequence[int]], wanted: int, generator: np.random.Generator) -> set[int]:
+    """Rows of whole questions, about `wanted`; none where even the smallest is more than a quarter of all rows and
+    more than is wanted."""
+    order = [questions[int(index)] for index in generator.permutation(len(questions))]
+    held, left = set[int](), list[Sequence[int]]()
+    for group in order:
+        if len(held) + len(group) <= wanted:
+            held.update(group)
+        else:
+            left.append(group)
+    least = min(left, key=len, default=())
+    rows = sum(map(len, questions))
+    nearer = 0 < len(held) + len(least) - wanted < wanted - len(held)
+    if len(left) > 1 and wanted and (nearer or not held) and len(held) + len(least) <= max(rows // 4, wanted):
+        held.update(least)
+    return held

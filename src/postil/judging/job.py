@@ -22,8 +22,9 @@ from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
 from postil.judging.probes.probes import Probe
 from postil.judging.sets.chat import Chat, ChatPrompts, ask, base_measures, measure_chat
+from postil.judging.sets.examples import Training
 from postil.judging.sets.general import General, Scored, measure
-from postil.judging.sets.target import Target
+from postil.judging.sets.target import FewShot, Target
 from postil.judging.subject import Subject
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Job:
     metrics: dict[str, Metric]
     probes: list[Probe]
     held_out: list[Probe]
-    few_ids: list[list[int]]
+    few: FewShot
     watch: Watch
     notes: list[str]
     memory: Memory
@@ -51,6 +52,7 @@ class Job:
     tell: Callable[[dict[str, Any]], None] = lambda _: None  # each answer as it comes
     tasks: Tasks | None = None  # of lm-eval
     prompts: ChatPrompts | None = None
+    training: Training | None = None  # what baselines know
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
     @property
@@ -180,7 +182,7 @@ def answer_all(job: Job) -> None:
     context = subject.base.base.context
     zero = [target.request(None, item.ids, context) for item in target.items]
     mine = [target.request(subject.name, item.ids, context) for item in target.items]
-    few = [target.request(None, ids, context) for ids in job.few_ids]
+    few = [target.request(None, ids, context) for ids in job.few.ids]
     sides = [("base", subject.base, zero, "answers of the base"),
              ("adapter", subject.model, mine, "answers of what is judged"),
              ("few-shot", subject.base, few, "answers of the base with examples")]  # fmt: skip

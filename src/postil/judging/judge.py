@@ -29,17 +29,21 @@ from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.metric import Metric
 from postil.judging.metrics.own import is_own
 from postil.judging.options import JudgeOptions
+from postil.judging.probes.contamination import contamination_of
 from postil.judging.probes.probes import Probe, check_probes, leakage_probes
 from postil.judging.probes.probing import against_null, curve, leakage_of
+from postil.judging.probes.trivial import beside_baselines
 from postil.judging.sets.chat import MEASURES, chat_part, read_chat
+from postil.judging.sets.examples import Training, read_training, recipe_file
 from postil.judging.sets.general import general_parts, read_general
 from postil.judging.sets.read import From
-from postil.judging.sets.target import Target, check_answers, few_shot, read_target
+from postil.judging.sets.target import FewShot, Target, check_answers, few_shot, read_target
 from postil.judging.subject import Judged, Subject, keep_card, opened
 
 if TYPE_CHECKING:
     from postil.judging.asking.harness import Tasks
 
+NO_SHOTS = "few-shot examples need a target and a training file to draw them from: give --train FILE"
 VERSIONS = ("postil", "torch", "transformers", "sacrebleu")
 
 
@@ -66,8 +70,9 @@ def judge(
     judged: an adapter directory, an Adapter, the name of a resident of an AdaptedModel, or a fine-tuned model
     (directory or Base), which is compared in the same way. target: held-out rows of its task. general: running text
     of what must not get worse; chat: prompts of many kinds, to be answered as the base answers them (by default the
-    samples that ship with postil; None leaves one out); choices and pairs answered by likelihood. train: rows that
-    few-shot examples are drawn from (options.shots). leaks: rows it was trained on, tried for verbatim leakage. gate:
+    samples that ship with postil; None leaves one out); choices and pairs answered by likelihood. train: the rows it
+    was trained on, for few-shot examples (options.shots) and baselines; by default the file that its recipe names,
+    where that is still there with the same bytes. leaks: rows it was trained on, tried for verbatim leakage. gate:
     the expression that the card is for, so that a measure misspelt in it is found before the work. predictions: a
     JSONL for every answer, FILE.partial while they come (a judging that was stopped goes on where it was). watch:
     told {"phase", "done", "total"}. keep: put the card into an Adapter's `card`, or the directory's postil.json,
@@ -76,8 +81,8 @@ def judge(
     """
     options = options or JudgeOptions()
     sources = Sources(target, general, chat, choices, pairs, train, leaks)
-    if options.shots and (train is None or target is None):
-        raise JudgeError("few-shot examples need a target and a training file to draw them from: give --train FILE")
+    if options.shots and target is None:
+        raise JudgeError(NO_SHOTS)
     if not (sources.any_set() or options.lm_eval.tasks):
         raise JudgeError("there is nothing to judge on: give --target FILE, or general text")
     with opened(base, judged, force=force) as subject:
@@ -111,16 +116,20 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
         )
     rows = options.rows or subject.rows()
     general = read_general(sources.general, sources.choices, sources.pairs, base, options.general, options.seed)
-    target, metrics, few = None, dict[str, Metric](), list[list[int]]()
+    target, metrics, few, training = None, dict[str, Metric](), FewShot((), 0), None
     if sources.target is not None:
         target = read_target(sources.target, base, rows, limit=options.limit, max_new_tokens=options.max_new_tokens,
                              stop=options.stop, seed=options.seed)  # fmt: skip
         check_answers(target, options.metrics)
         notes += target.notes
         metrics = _metrics(target, options, notes) if target.answers else {}
-        if options.shots and target.answers and sources.train is not None:
-            few, said = few_shot(target, sources.train, base, options.shots, options.seed)
-            notes += said
+        if target.answers:
+            training = _training(subject, sources.train, target, notes)
+            if training is None and options.shots:
+                raise JudgeError(NO_SHOTS)
+            if training is not None and options.shots != 0:
+                few = few_shot(target, training, base, options.shots, options.seed)
+                notes += few.notes
     prompts = None
     if sources.chat is not None:
         prompts = read_chat(sources.chat, base, options.general.chat_tokens)
@@ -134,8 +143,21 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
     return Job(
         subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
         Memory(known, fresh=options.fresh), Memory(known, of=subject.digest, fresh=options.fresh),
-        tasks=_tasks(options), prompts=prompts,
+        tasks=_tasks(options), prompts=prompts, training=training,
     )  # fmt: skip
+
+
+def _training(subject: Subject, given: From | None, target: Target, notes: list[str]) -> Training | None:
+    """The rows that the adapter was trained on, as given or as its recipe names them."""
+    if given is not None:
+        return read_training(given, target.options, target.format, asked_for=True)[0]
+    data = subject.card.get("data")
+    file = recipe_file(subject.recipe, data if isinstance(data, dict) else {})
+    if file is None:
+        return None
+    training, note = read_training(file, subject.rows(), target.format, asked_for=False)
+    notes += [note] if note else []
+    return training
 
 
 def _tasks(options: JudgeOptions) -> Tasks | None:
@@ -215,6 +237,10 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     if job.target is not None:
         part = _target_part(job, bare.nats | measured.get("base", {}), mine.nats | measured.get("adapter", {}),
                             measured.get("few-shot", {}))  # fmt: skip
+        if job.target.answers:
+            beside, said = beside_baselines(job.target, job.training, job.metrics, measured["adapter"],
+                                            measured.get("few-shot", {}), job.draw)  # fmt: skip
+            part, job.notes = part.model_copy(update={"baselines": beside}), job.notes + said
     options = job.options
     defined = _form(job) | {"window": options.general.window, "prompt": options.general.prompt}
     parts = general_parts(
@@ -229,6 +255,12 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
+    rows = [row.value for found in job.general.sets.values() for row in found.rows]
+    contamination, said = contamination_of(
+        subject.card, job.target.items if job.target is not None else (),
+        [*({"text": text} for text in job.general.documents), *rows], options.general.prompt,
+    )  # fmt: skip
+    job.notes += said
     fingerprint = base.base.fingerprint()
     card = ScoreCard(
         base={"source": fingerprint.source, "form": fingerprint.form},
@@ -240,6 +272,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         leakage=leakage_of(job),
         scope=options.scope,
         chat_template=bool(getattr(base.base.tokenizer, "chat_template", None)),
+        contamination=contamination,
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},
@@ -247,7 +280,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     )
     if predictions is not None:
         sides = {"base": (bare.losses, bare.general.options), "adapter": (mine.losses, mine.general.options)}
-        write_predictions(predictions, lines_of(job.target, job.general, job.answers, measured, sides, options.shots))
+        write_predictions(predictions, lines_of(job.target, job.general, job.answers, measured, sides, job.few.shots))
     return card
 
 
@@ -264,7 +297,7 @@ def _target_part(job: Job, bare: Measured, mine: Measured, few: Measured) -> Par
     base, adapter = ({name: found[name] for name in metrics} for found in (bare, mine))
     return part_of(
         job.target.data, next(iter(metrics)), metrics, base, adapter, job.draw,
-        slices=slices, few_shot=few, shots=options.shots if few else 0, defined=_form(job) | {
+        slices=slices, few_shot=few, shots=job.few.shots if few else 0, defined=_form(job) | {
             "rows": job.target.options.model_dump(mode="json"), "format": job.target.format},
         defined_each=_definitions(job.target, job.metrics, options),
     )  # fmt: skip

@@ -82,7 +82,8 @@ class JudgeOptions(Settings):
     limit: at most this many prompts, by chance from the seed. max_new_tokens: null is a quarter more than the
         longest reference and 8. stop: null is a newline for raw rows (a blank line where an answer has newlines).
     slices: columns whose values are looked at apart, from `smallest_slice` rows on.
-    shots: examples in the base's few-shot prompt.
+    shots: examples in the base's few-shot prompt; null is 4 where the training rows are known (given, or as the
+        adapter's recipe names them), 0 asks without.
     scope: what the adapter is for: anything that its base answers (assistant), or its own task alone (task), which
         is then on its card and of which no damage to chat is refused.
     null: random adapters of equal norm (0, or 2 and more); curve: scales of the adapter's term to measure.
@@ -102,7 +103,7 @@ class JudgeOptions(Settings):
     stop: tuple[str, ...] | None = None
     slices: tuple[str, ...] = ()
     smallest_slice: int = Field(default=10, ge=2)
-    shots: int = Field(default=0, ge=0)
+    shots: int | None = Field(default=None, ge=0)
     scope: Literal["assistant", "task"] = "assistant"
     null: int = Field(default=0, ge=0)
     null_answers: bool = False

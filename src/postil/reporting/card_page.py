@@ -12,6 +12,7 @@ from postil.reporting.curves import Line, chart, interval, legend
 from postil.reporting.page import figure, table
 
 HEAD = ("measure", "base", "few-shot", "adapter", "difference", "", "verdict", "allowed", "visible from", "rows")
+VERDICTS = {"better": "better", "no evidence": "not shown to be better", "worse": "worse"}
 NUMERIC = (1, 2, 3, 4, 7, 8, 9)
 
 
@@ -31,6 +32,8 @@ def card_html(card: ScoreCard) -> Iterator[str]:
         "interval's harmful end. Visible from: the smallest difference that so many rows would have shown with 80% "
         "power.</p>"
     )
+    lines = [f"{escape(path)}: {escape(line)}" for path, part in parts.items() if (line := baseline_line(part))]
+    yield from (f"<p>{line}.</p>" for line in lines)
     for path, part in parts.items():
         yield from _slices(path, part)
     yield from _curve(card)
@@ -58,6 +61,20 @@ def most_of(path: str, part: Part, name: str) -> str:
     """How much worse the gate lets a general measure be by default; nothing where it does not ask for it."""
     where = path.removeprefix("general.")
     return bound(where, name, part.measures[name]) if where != path and name in held(where, part) else ""
+
+
+def baseline_line(part: Part) -> str:
+    """The best of what needs no learning, with the adapter beside it; empty where nothing was tried."""
+    if part.best_baseline is None:
+        return ""
+    name, found = part.best_baseline
+    gap = found.difference
+    ends = f"{number(gap.value, found, '+')}, {number(gap.low, found, '+')} to {number(gap.high, found, '+')}"
+    tried = ", ".join(one.replace("_", " ") for one in part.baselines if part.main in part.baselines[one])
+    return (
+        f"best of the baselines ({tried}): {name.replace('_', ' ')}, {part.main} {number(found.base.value, found)}; "
+        f"the adapter is {VERDICTS[found.verdict]} ({ends})"
+    )
 
 
 def _row(name: str, found: Comparison, few: Estimate | None, most: str) -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from postil.adapter.model import AdaptedModel
 from postil.data import DataOptions, Sample, load_data
+from postil.data.digests import RowDigests, asked_digest, row_digests, seen_of
 from postil.data.encode import Tally, draft_chat, encode
-from postil.data.formats import Chat
+from postil.data.formats import Chat, Text
 from postil.data.rows import BadRow, Row, Source, open_source
 from postil.data.shipped import SHIPPED, shipped_rows
 from postil.engine.own_answers import answered_samples, chat_ids, conversation, own_answers
@@ -39,6 +40,7 @@ def general_documents(
     asked: list[tuple[int, list[dict[str, Any]]]] = []
     answered: list[tuple[int, list[dict[str, Any]]]] = []
     digest = hashlib.sha256()
+    seen: list[RowDigests] = []
     chats = bool(getattr(model.base.tokenizer, "chat_template", None))
     number = 0
     for one in _sources(source):
@@ -54,15 +56,24 @@ def general_documents(
             digest.update(json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
             if "text" in row.value:
                 texts.append(_text(opened, row))
+                seen.append(row_digests(Text(texts[-1]["text"])))
             elif chats:
                 messages = _messages(opened, row)
+                seen.append(_digests(messages))
                 (answered if messages[-1]["role"] == "assistant" else asked).append((number, messages))
             elif not shipped:
                 raise DataError(
                     f"{opened.where(row.number)}: the base has no chat template, so it can hold to rows of text only"
                 )
     prose = load_data(texts, model.base.tokenizer, DataOptions(format="text")).samples if texts else []
-    return Documents(tuple(prose), tuple(_chats(model, asked, answered, done)), digest.hexdigest())
+    return Documents(tuple(prose), tuple(_chats(model, asked, answered, done)), digest.hexdigest(), seen_of(seen))
+
+
+def _digests(messages: list[dict[str, Any]]) -> RowDigests:
+    """Those of a conversation, the question that the base is to answer among them."""
+    found = row_digests(Chat(messages, None))
+    asked = asked_digest(messages) if messages[-1]["role"] != "assistant" else None
+    return found if asked is None else found._replace(prompts=(*found.prompts, asked))
 
 
 def _sources(source: From | Sequence[str | Path]) -> list[From]:

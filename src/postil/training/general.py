@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from postil.base import Base
 from postil.data import Sample
+from postil.data.digests import Seen
 from postil.errors import RecipeError
 from postil.seeds import derive
 from postil.training.options import Settled, TrainOptions
@@ -29,6 +30,7 @@ class Documents:
     prose: Sequence[Sample] = ()
     chat: Sequence[Sample] = ()
     sha256: str | None = None  # of the rows as read
+    seen: Seen | None = None  # their digests
 
     def __len__(self) -> int:
         return len(self.prose) + len(self.chat)

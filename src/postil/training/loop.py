@@ -20,7 +20,7 @@ from postil.base import Base
 from postil.data import Dataset, Sample
 from postil.errors import DataError, RecipeError, RunError
 from postil.training.batch import shares
-from postil.training.card import card_of, recipe_of
+from postil.training.card import card_of, digests_of, earlier_rows, recipe_of, rows_seen
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from postil.training.defaults import settled
 from postil.training.directory import only_trainer
@@ -78,6 +78,7 @@ def train(
     and raises KeyboardInterrupt.
     """
     options = options or TrainOptions(**settings)
+    earlier = earlier_rows(model.resident(name)) if options.method != "full" else None
     outcome = run(
         model, _samples(data), _samples(valid), general=_documents(general), out=out, name=name, options=options,
         watch=watch,
@@ -90,6 +91,7 @@ def train(
     model.resident(name).card = card_of(
         recipe_of(model, name, data, outcome.options), outcome, data, samples=len(_samples(data)), held_out=valid,
         held_out_samples=len(_samples(valid)), general=general,
+        seen=rows_seen(digests_of(data), digests_of(valid), digests_of(general), earlier),
     )  # fmt: skip
     return model.export(name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from postil.data.shipped import SHIPPED
 from postil.errors import PostilError, RecipeError
 from postil.files import atomic_directory, write_json
 from postil.settings import Settings
-from postil.training.card import card_of
+from postil.training.card import card_of, digests_of, earlier_rows, rows_seen
 from postil.training.defaults import settled
 from postil.training.directory import check_foreign, keep_recipe, only_trainer
 from postil.training.documents import general_documents
@@ -72,6 +72,7 @@ class Job:
     dataset: Dataset
     held_out: Dataset | None = None  # where the recipe names a file of its own
     general: Documents = field(default_factory=Documents)
+    earlier: Mapping[str, Any] | None = None  # rows that the adapter it goes on from has seen
 
     def run(self, watch: Watcher | None = None, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         """Train, then write the adapter (or the model) into the run directory; see training.loop.run."""
@@ -86,6 +87,16 @@ class Job:
         if not len(self.general):
             return []
         return split_general(self.general, self.options, self.base).lines(self.options)
+
+    def _card(self, outcome: Outcome) -> dict[str, Any]:
+        """What is told of the training beside the weights."""
+        trained = digests_of(self.dataset, self.training)
+        held_out = digests_of(self.held_out or self.dataset, self.valid)
+        return card_of(
+            self.recipe.model_dump(mode="json"), outcome, self.dataset, samples=len(self.training),
+            held_out=self.held_out, held_out_samples=len(self.valid), general=self.general,
+            seen=rows_seen(trained, held_out, digests_of(self.general), self.earlier),
+        )  # fmt: skip
 
 
 def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, total: None) -> Job:
@@ -112,7 +123,7 @@ def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, 
         training, valid = dataset.samples, held_out.samples
     else:
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
-    model = attach(base)
+    model, earlier = attach(base), None
     general = Documents()
     if recipe.general is not None or wants_general(recipe.training):
         general = general_documents(
@@ -123,9 +134,10 @@ def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, 
         if recipe.from_adapter is not None:
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
+        earlier = earlier_rows(model.resident("default"))
     now, why = _settled(recipe, base, training, valid, general)
     recipe = recipe.model_copy(update={"training": now})
-    return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general)
+    return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general, earlier)
 
 
 def _settled(
@@ -151,14 +163,11 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
         again = outcome.begun == outcome.steps  # there was nothing left to do: what is written, stays, card and all
         if recipe.training.method == "full":
             if not (again and _holds_model(out / "model", job.base)):
-                _save_model(job, out / "model")
+                _save_model(job, out / "model", job._card(outcome))
             return outcome
         adapter = job.model.export("default")
         if not (again and _holds_adapter(out / "adapter", adapter)):
-            adapter.card |= card_of(
-                fields, outcome, job.dataset, samples=len(job.training), held_out=job.held_out,
-                held_out_samples=len(job.valid), general=job.general,
-            )  # fmt: skip
+            adapter.card |= job._card(outcome)
             save_adapter(adapter, out / "adapter")
     return outcome
 
@@ -196,14 +205,14 @@ def _holds_model(directory: Path, base: Base) -> bool:
         return False
 
 
-def _save_model(job: Job, directory: Path) -> None:
-    """A fully fine-tuned model as a Hugging Face directory."""
+def _save_model(job: Job, directory: Path, card: dict[str, Any]) -> None:
+    """A fully fine-tuned model as a Hugging Face directory; card: what is told of its training."""
     with atomic_directory(directory, marker="postil.json", carry=True) as temporary, quiet():
         try:
             job.base.model.save_pretrained(temporary)
         except SafetensorError as error:
             raise OSError(f"{error}") from error  # its way to say that the disk is full
-        write_json(temporary / "postil.json", {"recipe": job.recipe.model_dump(mode="json"), "method": "full"})
+        write_json(temporary / "postil.json", {**card, "method": "full"})
         if job.base.tokenizer is not None:
             job.base.tokenizer.save_pretrained(temporary)
         for file in temporary.rglob("*"):

@@ -318,6 +318,12 @@ def test_the_margin_of_a_slice_follows_its_unit() -> None:
         assert check(with_slice(measure), "slices is kept").passed is passes
 
 
+def test_a_slice_is_never_held_closer_than_its_whole() -> None:
+    starts = comparison(100, 88, metric="same_start", half=5)  # within 20 points, beyond 10
+    sliced_chat = chat().model_copy(update={"slices": {"kind": {"code": {"same_start": starts}}}})
+    assert check(with_general(chat=sliced_chat), "slices.same_start is kept").passed
+
+
 def test_a_single_slice_or_part_can_be_kept_alone() -> None:
     given = card(slices={"refund": 30, "order": 80})
     assert check(given, "target.intent=order is kept").passed

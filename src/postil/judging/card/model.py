@@ -165,6 +165,31 @@ class Part(Settings):
         as_many = f" measured as {found.rows:,}" if found is not None and found.rows != self.data.rows else ""
         return f"{self.data.rows:,} rows{as_many}"
 
+    @property
+    def best_baseline(self) -> tuple[str, Comparison] | None:
+        """The baseline that is best by the main measure, few-shot among them, and the adapter beside it."""
+        return _best({name: found[self.main] for name, found in self.baselines.items() if self.main in found})
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the main measure's intervals say: better only where it is better than the base, than the base with
+        examples, and than the best of the other baselines; worse where it is worse than the base."""
+        beside = {name: found[self.main] for name, found in self.baselines.items() if self.main in found}
+        few, best = beside.pop("few_shot", None), _best(beside)
+        asked = [
+            self.measures[self.main],
+            *([few] if few is not None else []),
+            *([best[1]] if best is not None else []),
+        ]
+        if all(one.shown == "better" for one in asked):
+            return "better"
+        return "worse" if asked[0].shown == "worse" else "no evidence"
+
+
+def _best(baselines: dict[str, Comparison]) -> tuple[str, Comparison] | None:
+    sign = {"higher": 1, "lower": -1}
+    return max(baselines.items(), key=lambda one: one[1].base.value * sign[one[1].better], default=None)
+
 
 class CurvePoint(Settings):
     """The adapter's term scaled by `scale`: the target's main measure and general nats per token there."""
@@ -199,7 +224,11 @@ class Leakage(Settings):
 
 class Contamination(Settings):
     """How many of the rows judged on are known from the training: `target` rows of the target were trained on (of
-    `target_rows`), `general` rows of the general sets were trained on or guarded with (of `general_rows`)."""
+    `target_rows`), `general` rows of the general sets were trained on or guarded with (of `general_rows`).
+
+    A row is known by what it asks. Of the target's: `target_answers` were learned with an answer that it wants,
+    `target_held_out` were not learned but held out, to choose the adapter's state by.
+    """
 
     where: ClassVar[str] = "score card"
     error: ClassVar[type[PostilError]] = JudgeError
@@ -208,6 +237,8 @@ class Contamination(Settings):
     target_rows: int
     general: int
     general_rows: int
+    target_answers: int = 0
+    target_held_out: int = 0
 
 
 class ScoreCard(Settings):

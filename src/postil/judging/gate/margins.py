@@ -50,10 +50,10 @@ ROWS_OTHERWISE = 100
 def allowed(part: str, name: str, measure: Comparison, *, sliced: bool = False) -> float:
     """How much worse than the base a measure may be, in its own unit. part: "target" or a general part's name."""
     own = name.startswith(PREFIX)  # its scale is its author's, whatever the unit is called
-    if sliced:
-        return (SLICE_OTHERWISE if own else SLICE.get(measure.unit, SLICE_OTHERWISE)).of(measure)
-    found = GENERAL.get((part, name)) or (OTHERWISE if own else WHOLE.get(measure.unit, OTHERWISE))
-    return found.of(measure)
+    whole = (GENERAL.get((part, name)) or (OTHERWISE if own else WHOLE.get(measure.unit, OTHERWISE))).of(measure)
+    if not sliced:
+        return whole
+    return max(whole, (SLICE_OTHERWISE if own else SLICE.get(measure.unit, SLICE_OTHERWISE)).of(measure))
 
 
 def within(part: str, name: str, measure: Comparison, *, sliced: bool = False) -> bool:

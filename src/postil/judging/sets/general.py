@@ -35,6 +35,7 @@ class General:
 
     text: DataUsed | None = None
     windows: tuple[Sample, ...] = ()
+    documents: tuple[str, ...] = ()  # what the windows are of
     kl: bool = True
     sets: dict[str, OptionSet] = field(default_factory=dict)  # "choices", "pairs"
     notes: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ def read_general(
     Raises DataError naming the file, the line and the column.
     """
     found, notes = None, list[str]()
-    pieces: list[Sample] = []
+    pieces, documents = list[Sample](), list[str]()
     if text is not None:
         rows = shipped_text() if isinstance(text, str) and text == SHIPPED else read_rows(text)
         texts = [_text(rows, row) for row in rows.rows]
@@ -77,13 +78,27 @@ def read_general(
         pieces = windows(base.tokenizer, texts, options.tokens, window)
         if not pieces:
             raise DataError(f"{rows.name}: its text gives no window of two tokens; give more text.")
+        documents = texts[: _reached(base.tokenizer, texts, options.tokens)]
         found = _windows_used(rows.name, len(rows.rows), pieces)
     sets: dict[str, OptionSet] = {}
     if choices is not None:
         sets["choices"] = read_choices(read_rows(choices), base, options, seed, notes)
     if pairs is not None:
         sets["pairs"] = read_pairs(read_rows(pairs), base, options, seed, notes)
-    return General(text=found, windows=tuple(pieces), kl=options.kl, sets=sets, notes=tuple(notes))
+    return General(
+        text=found, windows=tuple(pieces), documents=tuple(documents), kl=options.kl, sets=sets, notes=tuple(notes)
+    )
+
+
+def _reached(tokenizer: Any, texts: Sequence[str], tokens: int | None) -> int:
+    """How many texts the first `tokens` tokens come from (None: all)."""
+    left = tokens
+    for place, text in enumerate(texts):
+        if left is not None and left <= 0:
+            return place
+        if left is not None:
+            left -= len(tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"])
+    return len(texts)
 
 
 def _windows_used(name: str, rows: int, pieces: Sequence[Sample]) -> DataUsed:

@@ -44,7 +44,8 @@ def instructions() -> str:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of these rows [..., d] are made in float32."""
+    """Whether products of these rows [..., d] are made in float32 tiles. Fewer rows go torch's own way, which sums in
+    float32 and rounds once as well: how many rows there are changes the order of the sums, no more."""
     return x.device.type == "cpu" and x.numel() >= WIDE_ROWS * x.shape[-1] > 0 and not multiplies(x.dtype)
 
 
