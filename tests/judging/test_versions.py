@@ -13,6 +13,7 @@ from postil.base import Base
 from postil.judging.card.model import ScoreCard
 from postil.judging.card.row_values import unpacked
 from postil.judging.gate.gate import check
+from postil.judging.gate.items import sides
 from postil.judging.judge import judge
 from postil.judging.options import JudgeOptions
 
