@@ -141,7 +141,9 @@ def point(model: AdaptedModel, task: Task, damage: Damage, rate: float, epochs: 
     """Train one point of the grid and measure it."""
     training, valid = samples_of(task.train, model), samples_of(task.valid, model)
     steps = -(-len(training) // 8)
-    options = TrainOptions(learning_rate=rate, epochs=epochs, batch_size=8, valid_every=steps, patience=PATIENCE)
+    options = TrainOptions(
+        learning_rate=rate, epochs=epochs, batch_size=8, valid_every=steps, valid_rows=len(valid), patience=PATIENCE
+    )
     attach(model, LoraConfig(), name="note", seed=options.seed)
     looks: list[float] = []
     began = time.process_time()

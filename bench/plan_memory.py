@@ -72,8 +72,9 @@ def child(case: str, steps: int) -> dict[str, Any]:
     given = CASES[case]
     lora = LoraConfig(target_modules=given.get("target_modules"))
     wide = case == WIDE
+    batch = 4 if wide else 8
     options = TrainOptions(
-        method=given["method"], steps=steps, batch_size=4 if wide else 8, warmup=0,
+        method=given["method"], steps=steps, batch_size=batch, warmup=0,
         gradient_checkpointing=given.get("gradient_checkpointing", False),
     )  # fmt: skip
     base = load_base(BASE, dtype="bfloat16", quant="nf4" if given["method"] == "qlora" else None)
@@ -81,7 +82,7 @@ def child(case: str, steps: int) -> dict[str, Any]:
     packs = [
         pack
         for packs in epoch_steps(
-            samples, batch_size=options.batch_size, accumulation=1, pack_tokens=options.pack_tokens,
+            samples, batch_size=batch, accumulation=1, pack_tokens=options.pack_tokens,
             seed=options.seed, epoch=0,
         )
         for pack in packs

@@ -32,6 +32,7 @@ from postil.errors import AdapterError, RecipeError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.seeds import derive
 from postil.training import Recipe, TrainOptions, prepare
+from postil.training.defaults import chosen
 from postil.training.loop import AdapterWeights, _gradients, run, to_device
 
 VOCABULARY, EOS = 260, 257
@@ -179,7 +180,8 @@ def test_soup354_an_adapter_depends_on_its_seed_alone() -> None:
 
 
 def test_trl_sftconfig_defaults_are_the_methods_own() -> None:
-    assert TrainOptions().rate == pytest.approx(10 * TrainOptions(method="full").rate)
+    rates = {method: chosen(100_000, 10**6, 90, method).learning_rate for method in ("lora", "qlora", "full")}
+    assert rates["lora"] == rates["qlora"] == pytest.approx(10 * rates["full"])
     assert DataOptions().max_length is None  # the base's context, not 1024
 
 

@@ -24,6 +24,7 @@ from postil.data import Sample, epoch_steps, load_data
 from postil.files import write_json
 from postil.judging.asking.likelihoods import mean_nats, row_losses
 from postil.training import TrainOptions
+from postil.training.defaults import settled
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from main_job import BASE, HERE, RAW, answers_of, general, judged, machine, rows_of, test_set, training_rows
@@ -45,9 +46,9 @@ def padded(samples: list[Sample], pad: int) -> dict[str, torch.Tensor]:
 def run(name: str, data: Path, out: Path) -> None:
     """Train with PEFT, save, judge through postil's engine."""
     recipe = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
-    options = TrainOptions.parse(recipe["training"])
     base = load_base(BASE, dtype=recipe["dtype"])
     samples = load_data(training_rows(data, recipe["rows"]), base, RAW).samples
+    options, _ = settled(TrainOptions.parse(recipe["training"]), samples)
     by_row = {sample.row: sample for sample in samples}
     torch.manual_seed(options.seed)
     full = options.method == "full"
@@ -55,7 +56,7 @@ def run(name: str, data: Path, out: Path) -> None:
                              task_type="CAUSAL_LM")  # fmt: skip
     model = base.model.requires_grad_() if full else peft.get_peft_model(base.model, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0, fused=True)
     steps = epoch_steps(samples, batch_size=options.batch_size, accumulation=1, pack_tokens=options.pack_tokens,
                         seed=options.seed, epoch=0)  # fmt: skip
     schedule = get_linear_schedule_with_warmup(optimizer, options.warmup_steps(len(steps)), len(steps))

@@ -106,7 +106,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POSTIL_HOME", str(place / "home"))
-        result = command("train", "--base", place / "base", "--data", place / "rows.jsonl", "--out", place / "run")
+        words = ("--base", place / "base", "--data", place / "rows.jsonl", "--out", place / "run", "--epochs", 1)
+        result = command("train", *words)
     assert (result.code, result.out) == (0, f"{place / 'run/adapter'}\n"), result
     return place
 

@@ -26,7 +26,7 @@ ROW = b'{"prompt": "p", "completion": "c"}\n'
 @pytest.fixture
 def train(base: Path, tmp_path: Path) -> tuple[Any, ...]:
     """The words of a command that lacks only --data."""
-    return ("train", "--base", base, "--out", tmp_path / "out", "--data")
+    return ("train", "--base", base, "--out", tmp_path / "out", "--epochs", 1, "--data")
 
 
 def bytes_of(run: Path) -> bytes:
@@ -42,7 +42,7 @@ def test_it_says_what_it_does_and_leaves_a_whole_run(postil: Any, train: Any, ro
         "format prompt: 20 samples,",
         "8 modules adapted (q_proj, k_proj, v_proj, o_proj): 6,144 of 35,232 base parameters (17.4%)",
         "lora: learning rate 0.001, cosine, warm-up over 5 of 6 steps, batch of 8 rows, 2 epoch(s); "
-        "19 rows learned, 1 held out",
+        "19 rows learned, 1 held out (1 of them measured every 1 step(s))",
         "5 of the run's 6 steps are warm-up, while the rate still rises; train longer (--epochs), or make it a "
         "share: --set training.warmup=0.05",
         "step 6: held-out loss",
@@ -91,6 +91,32 @@ def test_a_dry_run_writes_nothing(postil: Any, train: Any, rows: Path, tmp_path:
     assert "20 samples" in result.err
     assert "minutes on this machine; nothing was trained" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_given_is_chosen_said_and_kept(postil: Any, base: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("train", "--base", base, "--out", tmp_path / "out", "--data", rows)
+    said = (
+        "chosen from the data: learning rate, epochs, batch size; 19 rows of ",
+        "want several passes at a high rate",
+        "lora: learning rate 0.001, cosine, warm-up over 2 of 30 steps, batch of 8 rows, 10 epoch(s); 19 rows "
+        "learned, 1 held out (1 of them measured every 3 step(s))",
+    )
+    for extra in ((), ("--set", "training.epochs=auto")):
+        tried = postil(*words, "--dry-run", *extra).err
+        assert all(line in tried for line in said)
+        assert "while the rate still rises" not in tried
+    assert not (tmp_path / "out").exists()
+    result = postil(*words)
+    assert all(line in result.err for line in said)
+    kept = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["training"]
+    wanted = {"learning_rate": 1e-3, "epochs": 10, "batch_size": 8, "warmup": 0.05, "patience": 3, "valid_rows": 1,
+              "valid_every": 3}  # fmt: skip
+    assert {key: kept[key] for key in wanted} == wanted
+    card = json.loads((tmp_path / "out/adapter/postil.json").read_text())["card"]
+    assert card["recipe"]["training"] == kept
+    again = postil("train", tmp_path / "out/recipe.yaml")
+    assert (again.code, "finished before" in again.err) == (0, True)
+    assert "chosen from the data" not in again.err
 
 
 def test_full_fine_tuning_leaves_a_model(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
@@ -191,9 +217,9 @@ def test_a_recipe_written_by_hand_stays(
 ) -> None:
     file = tmp_path / "out/recipe.yaml"
     file.parent.mkdir()
-    text = f"# why these\nbase: {base}\ndata: {rows}\nout: {file.parent}\n"
+    text = f"# why these\nbase: {base}\ndata: {rows}\nout: {file.parent}\ntraining: {{epochs: 1}}\n"
     file.write_text(text)
-    assert f"{file} is not this run's (training.learning_rate: None there, 0.5 here)" in refusal(
+    assert f"{file} is not this run's (training.learning_rate: 0.001 there, 0.5 here)" in refusal(
         "train", file, "--lr", "0.5"
     )
     assert [path.name for path in file.parent.iterdir() if path.name != ".lock"] == ["recipe.yaml"]

@@ -76,7 +76,7 @@ def train_with_peft(model: Any, data: Sequence[Sample], options: TrainOptions) -
     """(loss, gradient norm, learning rate) of every step on the same rows, transformers' own loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=options.rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        trained, lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     out = []
     for (_, packs), factor in zip(_steps(data, options, 0, STEPS), factors(options), strict=True):
@@ -85,10 +85,10 @@ def train_with_peft(model: Any, data: Sequence[Sample], options: TrainOptions) -
         loss = model(**batch, num_items_in_batch=count, use_cache=False).loss
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(trained, options.clip))
-        optimizer.param_groups[0]["lr"] = options.rate * factor
+        optimizer.param_groups[0]["lr"] = options.learning_rate * factor
         optimizer.step()
         optimizer.zero_grad()
-        out.append((float(loss.detach()), norm, options.rate * factor))
+        out.append((float(loss.detach()), norm, options.learning_rate * factor))
     return out
 
 

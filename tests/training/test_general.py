@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_documents, tiny_model, tiny_samples
+from tiny import options_of, tiny_documents, tiny_model, tiny_samples
 
 from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.data import Sample
 from postil.errors import RecipeError
 from postil.kernels.layout import Layout, Span, Spans, positions_of
-from postil.training import TrainOptions, train
+from postil.training import train
 from postil.training.general import General, kl_gradients, split_general
 from postil.training.loop import AdapterWeights, FullWeights, _gradients, _steps
 
@@ -40,7 +40,7 @@ def tokens(windows: tuple[Sample, ...]) -> set[int]:
 
 def test_watched_and_held_windows_come_from_different_documents() -> None:
     documents = [document(row, 700, 1000 * row) for row in range(1, 8)]
-    general = split_general(documents, TrainOptions(general_tokens=100), base())
+    general = split_general(documents, options_of(general_tokens=100), base())
     assert general.documents == 7
     watched, held = tokens(general.watched), tokens(general.held)
     assert {token // 1000 for token in watched} | {token // 1000 for token in held} == set(range(1, 8))
@@ -52,27 +52,27 @@ def test_watched_and_held_windows_come_from_different_documents() -> None:
 
 def test_other_options_and_seeds_watch_the_same_text() -> None:
     documents = [document(row, 300, 1000 * row) for row in range(1, 8)]
-    first = split_general(documents, TrainOptions(), base()).watched
-    second = split_general(documents, TrainOptions(seed=4, kl_weight=1.0, general_tokens=10), base()).watched
+    first = split_general(documents, options_of(), base()).watched
+    second = split_general(documents, options_of(seed=4, kl_weight=1.0, general_tokens=10), base()).watched
     assert [window.ids.tolist() for window in first] == [window.ids.tolist() for window in second]
 
 
 def test_fewer_windows_are_spread_over_their_half() -> None:
     documents = [document(row, 512, 1000 * row) for row in range(1, 13)]
-    every = split_general(documents, TrainOptions(), base()).watched
-    some = split_general(documents, TrainOptions(watch_windows=3), base()).watched
+    every = split_general(documents, options_of(), base()).watched
+    some = split_general(documents, options_of(watch_windows=3), base()).watched
     assert len(every) == 6
     assert [window.ids[0] for window in some] == [every[index].ids[0] for index in (0, 2, 4)]
 
 
 def test_a_base_with_a_short_context_is_watched_in_short_windows() -> None:
-    general = split_general([document(1, 300), document(2, 300)], TrainOptions(), base(context=64))
+    general = split_general([document(1, 300), document(2, 300)], options_of(), base(context=64))
     assert {len(window.ids) for window in (*general.watched, *general.held)} == {64}
 
 
 def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     pieces = [document(1, 60), document(1, 40, 60), document(2, 50)]
-    general = split_general(pieces, TrainOptions(), base(end=99))
+    general = split_general(pieces, options_of(), base(end=99))
     (whole,) = next(part for part in (general.watched, general.held) if len(part[0].ids) == 100)
     assert whole.ids.tolist() == list(range(100))
     assert whole.weights[99] == 0  # the end of sequence
@@ -88,7 +88,7 @@ def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
 )
 def test_too_little_text(documents: list[Sample], options: dict[str, float], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        split_general(documents, TrainOptions(**options), base())
+        split_general(documents, options_of(**options), base())
 
 
 def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample]) -> None:
@@ -101,7 +101,7 @@ def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample
 
 
 def test_every_window_comes_once_before_any_comes_again() -> None:
-    options = TrainOptions(kl_weight=1.0, kl_rows=3, general_tokens=10)
+    options = options_of(kl_weight=1.0, kl_rows=3, general_tokens=10)
     general = split_general([document(1, 200), document(2, 100)], options, base())
     count = len(general.held)
     assert count % 3  # the border between two rounds lies within a step
@@ -113,7 +113,7 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
 
 
 def test_general_rows_join_every_step_and_no_row_of_the_data_is_lost() -> None:
-    samples, options = tiny_samples(), TrainOptions(general_share=0.3, accumulation=2, general_tokens=16)
+    samples, options = tiny_samples(), options_of(general_share=0.3, accumulation=2, general_tokens=16)
     general = split_general(tiny_documents(), options, base())
     steps = list(_steps(samples, options, 0, 6, general))
     rows = [[row for pack in packs for row in pack.rows] for _, packs in steps]
@@ -141,7 +141,7 @@ def test_kl_is_divided_by_its_own_tokens_and_any_split_gives_the_same(accumulati
     model = tiny_model()
     attach(model, LoraConfig(r=4), seed=1)
     weights, resident = trained(model), model.resident("default")
-    options = TrainOptions(kl_weight=0.5, kl_rows=5, general_tokens=12, accumulation=accumulation)
+    options = options_of(kl_weight=0.5, kl_rows=5, general_tokens=12, accumulation=accumulation)
     general = split_general(tiny_documents(), options, model.base)
     mean = kl_gradients(model, weights, resident, general.compared(options, 1), options, 1, nullcontext)
     got = weights.grad.clone()
@@ -168,7 +168,7 @@ def test_a_step_with_everything_on_does_not_depend_on_the_split(accumulation: in
         model = tiny_model()
         attach(model, LoraConfig(r=4), seed=1)
         weights, resident = trained(model), model.resident("default")
-        options = TrainOptions(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
+        options = options_of(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
         general = split_general(tiny_documents(), options, model.base)
         _, packs = next(_steps(tiny_samples(), options, 0, 1, general))
         assert len(packs) == count
@@ -182,7 +182,7 @@ def test_full_fine_tuning_is_held_to_the_weights_it_began_with() -> None:
     model = tiny_model()
     weights = FullWeights.of(model.model)
     bare = weights.origin()
-    options = TrainOptions(method="full", kl_weight=1.0, general_tokens=12)
+    options = options_of(method="full", kl_weight=1.0, general_tokens=12)
     rows = split_general(tiny_documents(), options, model.base).compared(options, 1)
     assert kl_gradients(model, weights, None, rows, options, 1, bare) == pytest.approx(0, abs=1e-6)
     assert weights.grad.abs().max() < 1e-5
@@ -226,7 +226,7 @@ def test_kl_weight_and_general_rows_keep_the_base_nearer() -> None:
 
 def test_what_is_done_with_the_text_is_said() -> None:
     general = General((document(1, 4),), (), 6)
-    watched, *steps = general.lines(TrainOptions(guard=0.05, kl_weight=0.5, general_share=0.25))
+    watched, *steps = general.lines(options_of(guard=0.05, kl_weight=0.5, general_share=0.25))
     assert watched == (
         "general text: 6 documents; 3 tokens watched at each validation; "
         "no state more than 0.05 nats above the base is kept"

@@ -29,7 +29,7 @@ from postil.training.loop import Outcome, run, validate
 from postil.training.optimizer import AdapterWeights, FullWeights
 
 GUARD = 0.05
-HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1}
+HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1, "patience": 0}
 
 
 def fresh(seed: int = 1, **settings: Any) -> AdaptedModel:
@@ -212,7 +212,7 @@ from postil.training import train
 model = tiny_model()
 attach(model, LoraConfig(r=4, dropout=0.1, target_modules="all-linear"), seed=1)
 print("ready", flush=True)
-train(model, tiny_samples(), out={out!r}, valid=tiny_samples()[:6], general=tiny_documents(), epochs=8,
+train(model, tiny_samples(), out={out!r}, valid=tiny_samples()[:6], general=tiny_documents(), epochs=8, patience=0,
       accumulation=2, checkpoint_every=2, valid_every=3, learning_rate=2e-2, guard=0.1, kl_weight=0.3, kl_rows=3,
       general_share=0.25, general_tokens=12, watch=lambda event: print(event["step"], flush=True))
 sys.stdout.write("bytes " + model.resident("default").flat.numpy().tobytes().hex() + "\\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,17 @@ from typing import Any
 import filelock
 import pytest
 import torch
-from tiny import tiny_model, tiny_samples
+from tiny import options_of, tiny_model, tiny_samples
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import live_digest
 from postil.data import Sample
+from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
-from postil.training.loop import AdapterWeights, _gradients, _steps, to_device, validate
+from postil.training.general import split_general
+from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
 from postil.training.optimizer import rate_at
 
 
@@ -48,7 +52,7 @@ def test_accumulation_gives_the_same_gradient(accumulation: int, samples: list[S
         attach(model, LoraConfig(r=4), seed=1)
         resident = model.resident("default")
         weights = AdapterWeights.of(resident)
-        options = TrainOptions(accumulation=count)
+        options = options_of(accumulation=count)
         _, packs = next(_steps(samples, options, 0, 1))
         assert len(packs) == count
         _gradients(model, weights, resident, packs, options, 1)
@@ -62,7 +66,7 @@ def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:
     attach(model, LoraConfig(r=4), seed=1)
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
-    options = TrainOptions(batch_size=8)
+    options = options_of()
     _, (pack,) = next(_steps(samples, options, 0, 1))
     _gradients(model, weights, resident, [pack], options, 1)
     packed = weights.grad.clone()
@@ -103,14 +107,14 @@ KILLED = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from tiny import tiny_model, tiny_samples
+from tiny import options_of, tiny_model, tiny_samples
 from postil.adapter import LoraConfig, attach
 from postil.training import train
 model = tiny_model()
 attach(model, LoraConfig(r=4, dropout=0.1, target_modules="all-linear"), seed=1)
 print("ready", flush=True)
 train(model, tiny_samples(), out={out!r}, valid=tiny_samples(5, 3), epochs=8, accumulation=2, checkpoint_every=2,
-      valid_every=4, watch=lambda event: print(event["step"], flush=True))
+      valid_every=4, patience=0, watch=lambda event: print(event["step"], flush=True))
 sys.stdout.write("bytes " + model.resident("default").flat.numpy().tobytes().hex() + "\\n")
 """
 
@@ -149,6 +153,54 @@ def test_a_checkpoint_of_another_recipe_is_refused(
         train(model, samples, out=tmp_path, steps=2, learning_rate=1e-3)
 
 
+def change_manifest(run: Path, **values: Any) -> None:
+    file = run / "checkpoints/step-00000002/manifest.json"
+    manifest = json.loads(file.read_text())
+    machine = manifest["machine"] | values.pop("machine", {})
+    file.write_text(json.dumps(manifest | {"machine": machine} | values))
+
+
+def continued(samples: list[Sample], out: Path) -> list[str]:
+    """What a run of two steps tells when it goes on."""
+    told: list[str] = []
+    model = tiny_model()
+    attach(model, LoraConfig(r=4), seed=1)
+    run(model, samples, [], out=out, name="default", options=TrainOptions(steps=2), tell=told.append)
+    return told
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_is_other(samples: list[Sample], tmp_path: Path) -> None:
+    assert continued(samples, tmp_path) == []
+    assert continued(samples, tmp_path) == ["going on from step 2"]
+    change_manifest(tmp_path, machine={"device": "cuda", "GPU": "NVIDIA L4", "postil": "0.0.1"})
+    first, second = continued(samples, tmp_path)
+    assert first == (
+        "the run continues on another machine or version (device: cuda there, cpu here, GPU: NVIDIA L4 there, None "
+        f"here, postil: 0.0.1 there, {version('postil')} here): its bytes will differ from an unbroken run's"
+    )
+    assert second == "going on from step 2"
+
+
+@pytest.mark.parametrize("packing", [None, PACKING + 1])
+def test_a_run_of_another_packing_is_not_gone_on_with(
+    packing: int | None, samples: list[Sample], tmp_path: Path
+) -> None:
+    continued(samples, tmp_path)
+    change_manifest(tmp_path, packing=packing, machine={"postil": "0.0.1"})
+    with pytest.raises(RunError, match=r"made by postil 0.0.1, which dealt the rows out otherwise than .* --out"):
+        continued(samples, tmp_path)
+
+
+def test_packing_keeps_its_number_as_long_as_steps_hold_the_same() -> None:
+    options = options_of(batch_size=5, accumulation=2, pack_tokens=24, general_share=0.4, general_tokens=12)
+    general = split_general(tiny_samples(9, seed=2), options, tiny_model().base)
+    digest = hashlib.sha256()
+    for step, packs in _steps(tiny_samples(), options, 0, 10, general):
+        for each in packs:
+            digest.update(repr((step, each.rows, each.lengths)).encode() + each.ids.tobytes())
+    assert (PACKING, digest.hexdigest()[:16]) == (1, "f5f4db94c5641d60")  # other steps: raise PACKING
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(model: AdaptedModel, samples: list[Sample]) -> None:
     model.resident("default").flat.fill_(float("inf"))
     with pytest.raises(RunError, match="at step 1; lower the learning rate"):
@@ -182,11 +234,11 @@ def test_full_fine_tuning_trains_every_weight(samples: list[Sample]) -> None:
 
 
 def test_the_schedule() -> None:
-    options = TrainOptions(learning_rate=1.0, warmup=4, schedule="linear")
+    options = options_of(learning_rate=1.0, warmup=4, schedule="linear")
     rates = [rate_at(step, options, 12) for step in range(1, 13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    cosine = TrainOptions(learning_rate=1.0, warmup=4)
+    cosine = options_of(learning_rate=1.0, warmup=4)
     assert rate_at(5, cosine, 12) == pytest.approx(1.0)
     assert 0 < rate_at(12, cosine, 12) < 0.1
 
@@ -194,7 +246,7 @@ def test_the_schedule() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("total", [1, 2, 10, 21, 100, 1000])
 def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: str) -> None:
-    options = TrainOptions(learning_rate=1.0, schedule=schedule)
+    options = options_of(learning_rate=1.0, schedule=schedule)
     rates = [rate_at(step, options, total) for step in range(1, total + 1)]
     top = rates.index(max(rates))
     assert max(rates) == 1.0
@@ -219,11 +271,11 @@ def test_a_run_of_any_length_reaches_and_leaves_its_peak(total: int, schedule: s
     ],
 )
 def test_warm_up_is_a_share_or_steps(warmup: float, total: int, steps: int) -> None:
-    assert TrainOptions(warmup=warmup).warmup_steps(total) == steps
+    assert options_of(warmup=warmup).warmup_steps(total) == steps
 
 
 def test_a_warm_up_of_one_and_a_half_steps_is_refused() -> None:
-    assert TrainOptions(warmup=2.0).warmup_steps(100) == 2
+    assert options_of(warmup=2.0).warmup_steps(100) == 2
     with pytest.raises(RecipeError, match=r"warmup: a share of the steps below 1, or a whole number of steps"):
         TrainOptions(warmup=1.5)
 

@@ -14,6 +14,7 @@ from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.data import Sample
 from postil.training import TrainOptions, train
 from postil.training.batch import shares
+from postil.training.defaults import settled
 from postil.training.loop import _gradients, _steps, validate
 from postil.training.optimizer import AdapterWeights, FullWeights, Trainable
 
@@ -33,7 +34,7 @@ def alike(count: int = 23) -> list[Sample]:
 
 def step_of(model: AdaptedModel, share: bool, full: bool, **settings: Any) -> tuple[float, int, int, torch.Tensor]:
     """(loss, tokens of its rows, tokens computed, gradient) of a first step."""
-    options = TrainOptions(method="full" if full else "lora", **settings)
+    options, _ = settled(TrainOptions(method="full" if full else "lora", **settings), alike())
     resident = None if full else model.resident("default")
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     _, packs = next(_steps(alike(), options, 0, 1, share=share))

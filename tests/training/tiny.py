@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from postil.adapter import AdaptedModel, attach
 from postil.data import Sample
+from postil.training.defaults import settled
+from postil.training.options import Settled, TrainOptions
 
 
 def tiny_model(seed: int = 0) -> AdaptedModel:
@@ -42,3 +46,8 @@ def tiny_documents(count: int = 12, length: int = 48, seed: int = 0) -> list[Sam
     weights = np.ones(length, dtype=np.float32)
     weights[0] = 0
     return [Sample(row.numpy().astype(np.int32), weights, number + 1) for number, row in enumerate(ids)]
+
+
+def options_of(**settings: Any) -> Settled:
+    """TrainOptions for the tiny samples, all that is not given chosen from them."""
+    return settled(TrainOptions(**settings), tiny_samples())[0]

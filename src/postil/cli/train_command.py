@@ -78,7 +78,7 @@ def _override(values: dict[str, Any], group: str, flags: dict[str, Any]) -> None
 
 
 def _tell(job: Job) -> None:
-    options = job.recipe.training
+    options = job.options
     for dataset in (job.dataset, job.held_out):
         for line in dataset.report.lines() if dataset is not None else []:
             console.note(line)
@@ -89,13 +89,18 @@ def _tell(job: Job) -> None:
     if options.method != "full":
         for line in job.model.coverage("default").lines():
             console.note(line)
-    steps = options.steps or options.epochs * -(-len(job.training) // options.batch_size)
+    for line in job.why:
+        console.note(line)
+    steps = options.total_steps(len(job.training))
     warmup = options.warmup_steps(steps)
     length = f"{options.steps} steps" if options.steps else f"{options.epochs} epoch(s)"
+    held_out = f"{len(job.valid)} held out"
+    if job.valid:
+        held_out += f" ({options.valid_rows} of them measured every {options.valid_every} step(s))"
     console.note(
-        f"{options.method}: learning rate {options.rate:g}, {options.schedule}, warm-up over {warmup} of {steps} "
-        f"steps, batch of {options.batch_size} rows, {length}; {len(job.training)} rows learned, "
-        f"{len(job.valid)} held out; base in {'nf4 and ' * job.base.quantised}{job.base.dtype} on {job.base.device}"
+        f"{options.method}: learning rate {options.learning_rate:g}, {options.schedule}, warm-up over {warmup} of "
+        f"{steps} steps, batch of {options.batch_size} rows, {length}; {len(job.training)} rows learned, "
+        f"{held_out}; base in {'nf4 and ' * job.base.quantised}{job.base.dtype} on {job.base.device}"
     )
     if steps < 2 * warmup:
         console.warn(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from postil import seeds
 from postil.errors import DataError, RecipeError
 
+PACKING = 1  # raised whenever a step of the same data, seed and options would hold other rows, or packs of them
 SHARED_TOKENS = 8  # the fewest that are worth a part of their own
 
 

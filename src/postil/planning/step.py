@@ -32,6 +32,7 @@ from postil.kernels.nf4.codes import nf4_pairs
 from postil.kernels.nf4.op import TILE_VALUES
 from postil.planning.ledger import Bytes, Ledger, Recorder
 from postil.training.batch import spans_of
+from postil.training.defaults import settled
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
 from postil.training.options import TrainOptions
 
@@ -81,7 +82,7 @@ def traced_step(
         model = stack.enter_context(_traced_model(config, dtype, ledger, device, method == "qlora"))
         weights, spans = _trainable(model, ledger, method, lora, sum(lengths))
         with ledger.during("optimiser"):
-            optimizer = AdamW.of(weights, TrainOptions(), total_steps=1)
+            optimizer = AdamW.of(weights, settled(TrainOptions(), [])[0], total_steps=1)
         with ledger.during("kept"):
             best = weights.flat.detach().clone() if kept else None
         with ledger.during("origin"):

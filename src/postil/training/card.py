@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from postil.adapter.model import AdaptedModel
 from postil.data import Dataset, Sample
-from postil.training.options import TrainOptions
+from postil.training.options import Settled
 
 if TYPE_CHECKING:
     from postil.training.loop import Outcome
@@ -17,7 +17,7 @@ VERSIONS = ("postil", "torch", "transformers")
 Given = Dataset | Sequence[Sample] | None
 
 
-def recipe_of(model: AdaptedModel, name: str, data: Given, options: TrainOptions) -> dict[str, Any]:
+def recipe_of(model: AdaptedModel, name: str, data: Given, options: Settled) -> dict[str, Any]:
     """The keys of a recipe (training.recipe) that a run from Python is known by."""
     told: dict[str, Any] = {"base": model.base.source}
     if isinstance(data, Dataset):

@@ -8,6 +8,7 @@ import platform
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from postil.errors import RunError
+from postil.data.packs import PACKING
+from postil.errors import RunError, listed
 from postil.files import atomic_directory, remove_leftovers, sha256_file, write_json
 from postil.kernels.dense import instructions
 from postil.training.optimizer import AdamW
@@ -41,13 +43,18 @@ class Progress:
     scale: float = 1.0
 
 
-def machine() -> dict[str, Any]:
-    """What decides the bytes beside recipe and data: another machine continues, with other bytes."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides the bytes beside recipe and data: another machine or version continues, with other bytes."""
+    gpu = device.type == "cuda"
     return {
+        "device": device.type,
+        "GPU": torch.cuda.get_device_name(device) if gpu else None,
+        "CUDA": torch.version.cuda if gpu else None,
         "threads": torch.get_num_threads(),
         "instructions": instructions(),
-        "torch": torch.__version__,
         "processor": platform.machine(),
+        "torch": torch.__version__,
+        "postil": version("postil"),
     }
 
 
@@ -78,7 +85,8 @@ def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: s
             "free_rise": progress.free_rise,
             "scale": progress.scale,
             "identity": identity,
-            "machine": machine(),
+            "packing": PACKING,
+            "machine": machine(optimizer.weights.flat.device),
             "sha256": sha256_file(temporary / TENSORS),
         }
         write_json(temporary / MANIFEST, manifest)
@@ -91,9 +99,10 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
     """Fill the optimiser from the newest whole checkpoint; returns the progress and notes for the user.
 
     A run without a checkpoint starts from the beginning. Raises RunError where the checkpoint belongs to
-    another recipe, base or data.
+    another recipe, base or data, or to a postil that packed the rows in another way.
     """
     notes: list[str] = []
+    here = machine(optimizer.weights.flat.device)
     root = run / "checkpoints"
     if root.is_dir():
         remove_leftovers(root)
@@ -103,14 +112,23 @@ def load_checkpoint(run: Path, optimizer: AdamW, identity: str) -> tuple[Progres
             aside = _set_aside(directory)
             notes.append(f"{directory.name} is not whole: it is {aside.name} now, and was passed over")
             continue
+        there = manifest["machine"]
+        if manifest.get("packing") != PACKING:
+            raise RunError(
+                f"{directory} was made by postil {there.get('postil', 'before 0.1')}, which dealt the rows "
+                f"out otherwise than {here['postil']}: going on would learn some twice and others never; finish it "
+                "there, or start a new run with another --out"
+            )
         if manifest["identity"] != identity:
             raise RunError(
                 f"{directory} was made with another recipe, base or data; start a new run with another --out, "
                 "or restore the recipe"
             )
-        if manifest["machine"] != machine():
+        other = [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+        if other:
             notes.append(
-                "the run continues on another machine or thread count: its bytes will differ from an unbroken run's"
+                f"the run continues on another machine or version ({listed(other)}): its bytes will differ from an "
+                "unbroken run's"
             )
         tensors = load_file(directory / TENSORS)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import spans_of, to_device
 from postil.training.optimizer import Trainable
-from postil.training.options import TrainOptions
+from postil.training.options import Settled, TrainOptions
 
 WINDOW = 512  # tokens of a watched window
 
@@ -36,7 +36,7 @@ class General:
     held: tuple[Sample, ...]
     documents: int
 
-    def mixed(self, options: TrainOptions, step: int) -> list[Sample]:
+    def mixed(self, options: Settled, step: int) -> list[Sample]:
         """The windows that join the rows of step `step` (general_share), a pure function of seed and step."""
         count = max(1, round(options.general_share * options.batch_size)) if options.general_share else 0
         return _drawn(self.held, options.seed, "mix", step, count)
@@ -45,7 +45,7 @@ class General:
         """The windows on which step `step` compares adapter and base (kl_weight), likewise."""
         return _drawn(self.held, options.seed, "kl", step, options.kl_rows if options.kl_weight else 0)
 
-    def lines(self, options: TrainOptions) -> list[str]:
+    def lines(self, options: Settled) -> list[str]:
         """What is done with the text, in sentences for the user."""
         watched = sum(window.target_tokens for window in self.watched)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"

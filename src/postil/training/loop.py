@@ -29,12 +29,14 @@ from postil.seeds import derive
 from postil.training.batch import shares, spans_of, to_device
 from postil.training.card import card_of, recipe_of
 from postil.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from postil.training.defaults import settled
 from postil.training.directory import only_trainer
 from postil.training.general import General, check_general, kl_gradients, split_general
 from postil.training.guard import Gauge, Guarded, keep
 from postil.training.log import RunLog
 from postil.training.optimizer import AdamW, AdapterWeights, FullWeights, Trainable
-from postil.training.options import TrainOptions
+from postil.training.options import Settled, TrainOptions
+from postil.training.validation import measured, tokens_of, validate
 
 SCALE_FACTOR = 16.0  # the sum of a step's losses is scaled by no more than 1 and no less than LEAST_SCALE …
 LEAST_SCALE = SCALE_FACTOR**-6
@@ -45,7 +47,7 @@ Watcher = Callable[[dict[str, Any]], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run ended: steps done, the last training loss and best validation loss (nats per target token), what a
-    guard did, and the step that it began or went on from."""
+    guard did, the step that it began or went on from, and its options with all that was chosen."""
 
     steps: int
     total_steps: int
@@ -53,6 +55,7 @@ class Outcome:
     valid_loss: float | None
     best_step: int
     stopped: bool
+    options: Settled
     guarded: Guarded | None = None
     begun: int = 0
 
@@ -90,7 +93,7 @@ def train(
     if options.method == "full":
         return None
     model.resident(name).card = card_of(
-        recipe_of(model, name, data, options), outcome, data, samples=len(_samples(data)), held_out=valid,
+        recipe_of(model, name, data, outcome.options), outcome, data, samples=len(_samples(data)), held_out=valid,
         held_out_samples=len(_samples(valid)), general=general,
     )  # fmt: skip
     return model.export(name)
@@ -122,10 +125,12 @@ def run(
     if not samples:
         raise DataError("there is no sample to train on; look at the data with `postil data show`")
     check_form(model.base, options)
-    if options.patience is not None and not valid and options.guard is None:
+    if options.patience and not valid and options.guard is None:
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
     check_general(options, bool(general))
     beside = split_general(general, options, model.base) if general else None
+    now, _ = settled(options, samples, valid, tokens_of(beside.watched) if beside is not None else 0)
+    valid = measured(valid, now.valid_rows)
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
@@ -134,7 +139,7 @@ def run(
         resident.card = {}
     try:
         with only_trainer(directory):
-            return _train(model, samples, valid, beside, directory, resident, weights, options, watch, tell)
+            return _train(model, samples, valid, beside, directory, resident, weights, now, watch, tell)
     finally:
         model.checkpointing = False
         if resident is not None:
@@ -152,11 +157,11 @@ def _train(
     directory: Path | None,
     resident: Resident | None,
     weights: Trainable,
-    options: TrainOptions,
+    options: Settled,
     watch: Watcher | None,
     tell: Callable[[str], None],
 ) -> Outcome:
-    total = options.steps or math.ceil(len(samples) / options.batch_size) * options.epochs
+    total = options.total_steps(len(samples))
     optimizer = AdamW.of(weights, options, total)
     bare: Bare = weights.origin() if general is not None else nullcontext
     untouched = weights.flat.detach().clone() if options.guard is not None else None
@@ -171,10 +176,9 @@ def _train(
     del untouched
     begun = progress.step
     gauge = Gauge.of(model, general.watched, options.pack_tokens, bare) if general is not None else None
-    valid_every = options.valid_every or max(total // 10, 1)
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
-    late = options.patience is not None and progress.since_best >= options.patience  # it stopped early before
+    late = 0 < options.patience <= progress.since_best  # it stopped early before
     with ExitStack() as stack:
         log = stack.enter_context(RunLog(directory, progress.step)) if directory is not None else None
         stop = stack.enter_context(_polite_stop())
@@ -191,9 +195,10 @@ def _train(
                 weights.grad.zero_()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 wider = "open the base in bfloat16 or float32 (dtype), " if _in_float16(model) else ""
+                rows = listed(row for pack in packs for row, _ in pack.sizes if row)
                 raise RunError(
-                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate ({options.rate:g}), "
-                    f"{wider}or look at rows {listed(row for pack in packs for row, _ in pack.sizes if row)}; "
+                    f"loss {loss}, gradient norm {norm} at step {step}; lower the learning rate "
+                    f"({options.learning_rate:g}), {wider}or look at rows {rows}; "
                     "checkpoints before this step are kept"
                 )
             if step == 1 and resident is not None:
@@ -205,7 +210,7 @@ def _train(
             seconds = time.perf_counter() - started
             event = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens,
                      "target_tokens": targets, "seconds": round(seconds, 4), **held}  # fmt: skip
-            if step % valid_every == 0 or step == total:
+            if step % options.valid_every == 0 or step == total:
                 if gauge is not None:
                     event |= gauge.measure(model, resident)
                     watching += event["watch_seconds"]
@@ -218,9 +223,14 @@ def _train(
             if watch is not None:
                 watch({"step": step, "total_steps": total, **event})
             stopped = stop.is_set()
-            late = options.patience is not None and progress.since_best >= options.patience
+            late = 0 < options.patience <= progress.since_best
             if directory is not None and (step % save_every == 0 or step == total or stopped or late):
                 save_checkpoint(directory, optimizer, progress, identity, options.keep_checkpoints)
+            if late and step < total:
+                tell(
+                    f"stopped early at step {step} of {total}: {progress.since_best} validations without gain "
+                    "(training.patience)"
+                )
             if stopped or late:
                 break
     if progress.best is not None and not stopped:
@@ -232,7 +242,9 @@ def _train(
         guarded = gauge.verdict(model, resident, progress, options.guard, watching)
         if guarded.step:
             tell(guarded.sentence())
-    return Outcome(progress.step, total, loss, progress.best_loss, progress.best_step, stopped, guarded, begun)
+    return Outcome(
+        progress.step, total, loss, progress.best_loss, progress.best_step, stopped, options, guarded, begun
+    )
 
 
 def check_form(base: Base, options: TrainOptions) -> None:
@@ -253,6 +265,7 @@ def seconds_per_run(
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     general = split_general(documents, options, model.base) if documents else None
+    options, _ = settled(options, samples)
     bare: Bare = weights.origin() if general is not None else nullcontext
     _, packs = next(_steps(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
@@ -266,9 +279,8 @@ def seconds_per_run(
     else:
         model.model.requires_grad_(False)
     tokens = sum(size for pack in packs for row, size in pack.sizes if row)
-    total = sum(len(sample.ids) for sample in samples) * options.epochs
-    if options.steps is not None:
-        total = total * options.steps // (math.ceil(len(samples) / options.batch_size) * options.epochs)
+    epoch = math.ceil(len(samples) / options.batch_size)
+    total = tokens_of(samples) * options.total_steps(len(samples)) / epoch
     return seconds * total / max(tokens, 1)
 
 
@@ -305,7 +317,7 @@ def _samples(data: Dataset | Sequence[Sample] | None) -> list[Sample]:
 
 def _steps(
     samples: Sequence[Sample],
-    options: TrainOptions,
+    options: Settled,
     done: int,
     total: int,
     general: General | None = None,
@@ -365,7 +377,7 @@ def _held(
     weights: Trainable,
     resident: Resident | None,
     general: General | None,
-    options: TrainOptions,
+    options: Settled,
     step: int,
     bare: Bare,
     scale: float = 1.0,
@@ -394,24 +406,6 @@ def _risen(scale: float, step: int) -> float:
 
 def _in_float16(model: AdaptedModel) -> bool:
     return model.base.dtype == torch.float16
-
-
-@torch.no_grad()
-def validate(model: AdaptedModel, samples: Sequence[Sample], resident: Resident | None, pack_tokens: int) -> float:
-    """Mean nats per target token over held-out samples, dropout off."""
-    total, count = 0.0, 0
-    steps = epoch_steps(
-        samples, batch_size=32, accumulation=1, pack_tokens=pack_tokens, seed=0, epoch=0, shuffle=False,
-        share=model.shares_beginnings,
-    )  # fmt: skip
-    for packs in steps:
-        for pack in packs:
-            ids, positions, weights = to_device(pack, model)
-            with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids)), pack.before)):
-                part, _, targets = model.loss(ids, positions, weights)
-            total += float(part)
-            count += len(targets)
-    return total / max(count, 1)
 
 
 def _check_gradients(resident: Resident) -> list[str]:

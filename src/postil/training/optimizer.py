@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from postil.adapter.bank import ALIGN, Resident
 from postil.adapter.divergence import Bare
-from postil.training.options import TrainOptions
+from postil.training.options import Settled
 
 
 class Trainable(Protocol):
@@ -119,14 +119,14 @@ class AdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) over one flat buffer."""
 
     weights: Trainable
-    options: TrainOptions
+    options: Settled
     total_steps: int
     step: int
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
 
     @classmethod
-    def of(cls, weights: Trainable, options: TrainOptions, total_steps: int) -> AdamW:
+    def of(cls, weights: Trainable, options: Settled, total_steps: int) -> AdamW:
         """A fresh optimiser: both moments zero."""
         return cls(weights, options, total_steps, 0, torch.zeros_like(weights.flat), torch.zeros_like(weights.flat))
 
@@ -155,9 +155,9 @@ class AdamW:
         return rate
 
 
-def rate_at(step: int, options: TrainOptions, total_steps: int) -> float:
+def rate_at(step: int, options: Settled, total_steps: int) -> float:
     """The learning rate of update `step` (from 1): linear warm-up, then cosine or linear to zero, or constant."""
-    peak, warmup = options.rate, options.warmup_steps(total_steps)
+    peak, warmup = options.learning_rate, options.warmup_steps(total_steps)
     if step <= warmup:
         return peak * step / warmup
     if options.schedule == "constant":

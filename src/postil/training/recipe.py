@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,10 +23,12 @@ from postil.errors import PostilError, RecipeError
 from postil.files import atomic_directory, write_json
 from postil.settings import Settings
 from postil.training.card import card_of
+from postil.training.defaults import settled
 from postil.training.directory import check_foreign, keep_recipe, only_trainer, read_yaml
 from postil.training.general import check_general, split_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
-from postil.training.options import TrainOptions
+from postil.training.options import Settled, TrainOptions
+from postil.training.validation import tokens_of
 
 
 class Recipe(Settings):
@@ -86,9 +89,14 @@ def _number(value: Any) -> Any:
 
 @dataclass(slots=True)
 class Job:
-    """A recipe with its base, adapter and data loaded, ready to run."""
+    """A recipe with its base, adapter and data loaded, ready to run.
+
+    options: its training with all that was chosen from the data, and `why`, for the user.
+    """
 
     recipe: Recipe
+    options: Settled
+    why: tuple[str, ...]
     base: Base
     model: AdaptedModel
     training: list[Sample]
@@ -103,12 +111,11 @@ class Job:
 
     def seconds(self) -> float:
         """About how long `run` will take on this machine, from one step's gradients."""
-        return seconds_per_run(self.model, self.training, "default", self.recipe.training, self._documents())
+        return seconds_per_run(self.model, self.training, "default", self.options, self._documents())
 
     def general_lines(self) -> list[str]:
         """What is done with the general text, in sentences; none where there is none."""
-        options = self.recipe.training
-        return split_general(self._documents(), options, self.base).lines(options) if self.general else []
+        return split_general(self._documents(), self.options, self.base).lines(self.options) if self.general else []
 
     def _documents(self) -> list[Sample]:
         return self.general.samples if self.general is not None else []
@@ -143,13 +150,18 @@ def prepare(recipe: Recipe) -> Job:
     if recipe.general is not None:  # whole documents, whatever the context: they are cut into windows later
         options = DataOptions(format="text", skip_bad_lines=recipe.rows.skip_bad_lines)
         general = load_data(recipe.general, base.tokenizer, options)
+    watched = 0
+    if general is not None:
+        watched = tokens_of(split_general(general.samples, recipe.training, base).watched)
+    now, why = settled(recipe.training, training, valid, watched)
     model = attach(base)
     if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
-    return Job(recipe, base, model, list(training), list(valid), dataset, held_out, general)
+    recipe = recipe.model_copy(update={"training": now})
+    return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general)
 
 
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
@@ -157,10 +169,10 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
     fields = recipe.model_dump(mode="json")
     check_foreign(out)
     with only_trainer(out):
-        keep_recipe(out, fields, lambda values: Recipe.parse(values).model_dump(mode="json"))
+        keep_recipe(out, fields, partial(_normal, job))
         outcome = run(
             job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
-            options=recipe.training, watch=watch, tell=tell,
+            options=job.options, watch=watch, tell=tell,
         )  # fmt: skip
         if outcome.stopped:
             return outcome
@@ -178,6 +190,14 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
             )  # fmt: skip
             save_adapter(adapter, out / "adapter")
     return outcome
+
+
+def _normal(job: Job, values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's mapping with every key, what it leaves to the data chosen from the job's."""
+    other: Recipe = Recipe.parse(values)
+    watched = split_general(job._documents(), other.training, job.base).watched if job.general is not None else ()
+    now, _ = settled(other.training, job.training, job.valid, tokens_of(watched))
+    return other.model_copy(update={"training": now}).model_dump(mode="json")
 
 
 def _holds_adapter(directory: Path, adapter: Adapter) -> bool:
