@@ -32,8 +32,11 @@ from postil.errors import AdapterError, RecipeError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.seeds import derive
 from postil.training import Recipe, TrainOptions, prepare
+from postil.training.batch import to_device
 from postil.training.defaults import chosen
-from postil.training.loop import AdapterWeights, _gradients, run, to_device
+from postil.training.loop import run
+from postil.training.optimizer import AdapterWeights
+from postil.training.step import gradients as step_gradients
 
 VOCABULARY, EOS = 260, 257
 CHATML = (
@@ -113,7 +116,7 @@ def gradients(packs: list[Any], model: AdaptedModel) -> tuple[float, torch.Tenso
     """The loss and the flat gradient of one step."""
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
-    loss, _, _ = _gradients(model, weights, resident, packs, TrainOptions(), 1)
+    loss, _, _ = step_gradients(model, weights, resident, packs, TrainOptions(), 1)
     return loss, weights.grad.clone()
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "AdaptedModel",
     "Adapter",
     "AdapterError",
+    "AnswerError",
     "Base",
     "BaseModelError",
     "DataError",
@@ -52,6 +53,7 @@ _HOME = {
     "AdaptedModel": "postil.adapter",
     "Adapter": "postil.adapter",
     "AdapterError": "postil.errors",
+    "AnswerError": "postil.errors",
     "Base": "postil.base",
     "BaseModelError": "postil.errors",
     "DataError": "postil.errors",
@@ -72,7 +74,7 @@ _HOME = {
     "StorageError": "postil.errors",
     "attach": "postil.adapter.attach",
     "detach": "postil.adapter.attach",
-    "export_merged": "postil.adapter.merge",
+    "export_merged": "postil.adapter.export",
     "judge": "postil.judging.judge",
     "load_adapter": "postil.adapter.peft_files",
     "load_base": "postil.base",
@@ -91,7 +93,8 @@ if TYPE_CHECKING:
     from postil.adapter import AdaptedModel, Adapter
     from postil.adapter.attach import attach, detach
     from postil.adapter.config import LoraConfig
-    from postil.adapter.merge import export_merged, merge, unmerge
+    from postil.adapter.export import export_merged
+    from postil.adapter.merge import merge, unmerge
     from postil.adapter.peft_files import load_adapter, save_adapter
     from postil.adapter.shrink import shrink
     from postil.adapter.spectrum import spectrum
@@ -100,6 +103,7 @@ if TYPE_CHECKING:
     from postil.engine import Engine, Request
     from postil.errors import (
         AdapterError,
+        AnswerError,
         BaseModelError,
         DataError,
         GateError,

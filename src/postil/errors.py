@@ -55,6 +55,10 @@ class RequestError(PostilError, ValueError):
     """A generation request that cannot be served as written."""
 
 
+class AnswerError(PostilError, RuntimeError):
+    """An answer that broke off: values that are not finite, or an adapter removed while it was being written."""
+
+
 class StorageError(PostilError, OSError):
     """A file that could not be written whole (disk full, no permission)."""
 

@@ -34,6 +34,14 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in, each new name flushed to the disk."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        _fsync(path.parent)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -50,7 +58,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     temporary = _temporary_beside(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         yield temporary
         _fsync(temporary)
         os.replace(temporary, target)
@@ -77,7 +85,7 @@ def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool
         check_vacant(target)
     temporary = _temporary_beside(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         temporary.mkdir()
         yield temporary
         if carry and target.is_dir():
@@ -89,8 +97,10 @@ def atomic_directory(path: str | Path, *, marker: str | None = None, carry: bool
             if not inner.is_symlink():
                 _fsync(inner)
         _fsync(temporary)
-        _put(temporary, target)
+        old = _put(temporary, target)
         _fsync(target.parent)
+        if old is not None:
+            _remove(old)  # only now: the new one's name is on the disk
     except OSError as error:
         _remove(temporary)
         raise _storage_error(target, error) from error
@@ -103,18 +113,18 @@ def _is_own(target: Path, marker: str) -> bool:
     return (target / marker).is_file() and not any(inner.is_dir() for inner in target.iterdir())
 
 
-def _put(temporary: Path, target: Path) -> None:
-    """Give `temporary` the name `target`; what stood there is removed afterwards."""
+def _put(temporary: Path, target: Path) -> Path | None:
+    """Give `temporary` the name `target`; returns the name that what stood there has now, if anything did."""
     if not target.exists():
         os.replace(temporary, target)
-    elif _exchange(temporary, target):
-        _remove(temporary)  # the old one, under the new one's temporary name
-    else:
-        old = target.with_name(f"{_OLD}{target.name}")
-        _remove(old)
-        os.replace(target, old)
-        os.replace(temporary, target)
-        _remove(old)
+        return None
+    if _exchange(temporary, target):
+        return temporary
+    old = target.with_name(f"{_OLD}{target.name}")
+    _remove(old)
+    os.replace(target, old)
+    os.replace(temporary, target)
+    return old
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -1,9 +1,11 @@
-"""Validated settings: pydantic models whose errors name the key, what came and what is allowed."""
+"""Validated settings: pydantic models whose errors name the key and what is allowed; YAML and KEY=VALUE into them."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from postil.errors import PostilError, RecipeError, listed, nearest
@@ -59,3 +61,49 @@ def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[st
             return []
         current = field.annotation
     return list(getattr(current, "model_fields", {}))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its dates: a run named 2024-05-01 is a name."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str) -> Any:
+    """The plain value that a YAML text holds; dates stay text. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """A mapping with `training.learning_rate=2e-4` and the like set; values are read as YAML."""
+    out: dict[str, Any] = copy.deepcopy(values)
+    for setting in settings:
+        key, mark, text = setting.partition("=")
+        if not mark or not key:
+            raise RecipeError(f"--set {setting}: write key=value, for example --set training.learning_rate=2e-4")
+        place = out
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
+            place = inner
+        try:
+            place[last] = _number(read_yaml(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
+    return out
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

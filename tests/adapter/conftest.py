@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from postil.adapter import AdaptedModel
+from postil.adapter import AdaptedModel, LoraConfig
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,6 +42,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconConfig", BLOCKS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "bloom": ("BloomConfig", BLOCKS | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }  # fmt: skip
+
+MERGEABLE: dict[str, tuple[str, LoraConfig]] = {
+    "linear": ("llama", LoraConfig(target_modules="all-linear")),
+    "rslora": ("qwen2", LoraConfig(r=4, use_rslora=True)),
+    "conv1d": ("gpt2", LoraConfig(target_modules="all-linear")),
+    "embedding": ("llama", LoraConfig(target_modules=("embed_tokens", "q_proj"))),
+    "scaled embedding": ("gemma3", LoraConfig(target_modules=("embed_tokens", "q_proj"))),
+    "tied head": ("gemma2", LoraConfig(target_modules=("lm_head", "q_proj"))),
+    "tied both": ("gemma2", LoraConfig(target_modules=("lm_head", "embed_tokens"))),
+    "biases": ("gpt2", LoraConfig(bias="all")),
+    "adapted biases": ("qwen2", LoraConfig(bias="lora_only")),
+    "saved whole": ("llama", LoraConfig(modules_to_save=("lm_head", "norm"))),
+    "saved tied head": ("gpt2", LoraConfig(modules_to_save=("lm_head",))),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +113,10 @@ def lab() -> type[Helpers]:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each architecture in turn."""
     return str(request.param)
+
+
+@pytest.fixture(params=MERGEABLE.values(), ids=MERGEABLE)
+def mergeable(request: pytest.FixtureRequest) -> tuple[str, LoraConfig]:
+    """An architecture and an adapter of each kind that can be merged, in turn."""
+    name, config = request.param
+    return str(name), config

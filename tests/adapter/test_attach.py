@@ -247,7 +247,7 @@ def test_names_with_dashes_are_activated_by_a_mapping(lab: Any) -> None:
         model.activate({"my-nose": 1.0})
 
 
-def test_removing_frees_the_slot_and_the_memory(lab: Any) -> None:
+def test_removing_frees_the_memory_and_the_slot_never_comes_again(lab: Any) -> None:
     model = attach(lab.tiny(), LoraConfig(target_modules=("attention", "embed_tokens")), name="a")
     attach(model, LoraConfig(modules_to_save=("lm_head",)), name="b")
     lab.scramble(model, "a", seed=1)
@@ -263,7 +263,7 @@ def test_removing_frees_the_slot_and_the_memory(lab: Any) -> None:
     assert resident() is None
     assert model.active == {}
     attach(model, LoraConfig(), name="c")
-    assert model.resident("c").slot == slot
+    assert model.resident("c").slot not in (slot, model.resident("b").slot)
     model.activate("b")
     assert torch.equal(lab.plain(model, lab.ids), wanted)
     for name in ("b", "c"):

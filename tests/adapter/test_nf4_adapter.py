@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
+from postil.adapter.export import export_merged
 from postil.adapter.linear import projection_of
-from postil.adapter.merge import export_merged, merge
+from postil.adapter.merge import merge
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, Nf4Linear, base_from_model, live_digest, load_base, nf4_layers
 from postil.base.quantise import dequantised, quantise_model

@@ -17,10 +17,11 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from postil.adapter import peft_files
+from postil.adapter import peft_config, peft_files
 from postil.adapter.adapter import Adapter
 from postil.adapter.config import LoraConfig
-from postil.adapter.peft_files import CONFIG, OWN, WEIGHTS, load_adapter, peft_targets, save_adapter
+from postil.adapter.peft_config import peft_targets
+from postil.adapter.peft_files import CONFIG, OWN, WEIGHTS, load_adapter, save_adapter
 from postil.errors import AdapterError, StorageError
 
 pytestmark = [
@@ -86,10 +87,10 @@ def example(**fields: Any) -> Adapter:
 
 def test_every_field_of_peft_is_classified_once() -> None:
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    groups = [peft_files.SUPPORTED, peft_files.REFUSED, peft_files.HARMLESS]
+    groups = [peft_config.SUPPORTED, peft_config.REFUSED, peft_config.HARMLESS]
     assert set().union(*groups) == fields
     assert sum(map(len, groups)) == len(fields)
-    assert peft.__version__ == peft_files.PEFT_VERSION
+    assert peft.__version__ == peft_config.PEFT_VERSION
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
@@ -247,7 +248,7 @@ def test_broken_directories(saved: Path) -> None:
             load_adapter(saved)
 
 
-@pytest.mark.parametrize("field", sorted(peft_files.REFUSED))
+@pytest.mark.parametrize("field", sorted(peft_config.REFUSED))
 def test_unsupported_fields_are_refused_by_name(field: str, saved: Path) -> None:
     edit(saved / CONFIG, **{field: {"x": 1}})
     with pytest.raises(AdapterError, match=field):

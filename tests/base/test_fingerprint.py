@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from postil.base import base_from_model, cache_directory, directory_source, live_digest, load_base
+from postil.base import base_from_model, cache_directory, directory_source, fingerprint, live_digest, load_base
 from postil.base.fingerprint import live_source
 from postil.errors import BaseModelError
 
@@ -123,27 +125,80 @@ def test_stored_names_without_the_inner_models_prefix(make_directory: Make) -> N
     assert base_from_model(model).fingerprint().source != directory_source(directory)
 
 
-def test_quick_check_answers_from_the_cache_and_verify_hashes_anew(
+def test_a_quick_check_answers_from_the_cache_and_verify_hashes_anew(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postil.base import fingerprint
-
-    path = directory / "model.safetensors"
     before = directory_source(directory)
     assert (cache_directory() / "fingerprints.json").is_file()
-    status = path.stat()
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(bytes(raw))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with monkeypatch.context() as patch:
         patch.setattr(fingerprint, "compute_source", lambda directory: pytest.fail("hashed again"))
         assert directory_source(directory) == before
-    changed = directory_source(directory, verify=True)
-    assert changed != before
-    assert directory_source(directory) == changed
-    os.utime(path, ns=(0, 0))
-    assert directory_source(directory) == changed
+        with pytest.raises(pytest.fail.Exception, match="hashed again"):
+            directory_source(directory, verify=True)
+    os.utime(directory / "model.safetensors", ns=(0, 0))
+    assert directory_source(directory) == before
+
+
+@pytest.mark.parametrize("how", ["in place", "another file", "header"])
+def test_bytes_changed_with_their_time_kept_are_noticed(
+    directory: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by rsync -a, cp -p, tar, and a snapshot put back: the size and the time of modification are the old ones."""
+    monkeypatch.setattr(fingerprint, "_BEGINNING", 1 << 12)  # this file is small, and its last byte lies beyond
+    path = directory / "model.safetensors"
+    before, status, raw = directory_source(directory), path.stat(), bytearray(path.read_bytes())
+    if how == "header":
+        at = raw.index(b"layers.0.mlp.gate")
+        raw[at + 7 : at + 8] = b"1"
+        other = raw.index(b"layers.1.mlp.gate", at + 9)
+        raw[other + 7 : other + 8] = b"0"
+    else:
+        raw[-1] ^= 1
+    place = path.with_name("new") if how == "another file" else path
+    place.write_bytes(bytes(raw))
+    os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(place, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert directory_source(directory) != before
+
+
+def test_what_a_quick_check_knows_of_a_file(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    status, beginning = path.stat(), hashlib.sha256(path.read_bytes()[: 1 << 18]).hexdigest()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, beginning]
+    source = directory_source(directory)
+    store = cache_directory() / "fingerprints.json"
+    record = json.loads(store.read_text())
+    (entry,) = record.values()
+    assert entry == {"files": entry["files"] | {"model.safetensors": stamp}, "source": source}
+    assert set(entry["files"]) == {"config.json", "model.safetensors"}
+    for index, known in enumerate(stamp):  # any of them alone
+        other = "0" * 64 if isinstance(known, str) else known + 1
+        entry["files"]["model.safetensors"] = [*stamp[:index], other, *stamp[index + 1 :]]
+        entry["source"] = "sha256:of another"
+        store.write_text(json.dumps(record))
+        assert directory_source(directory) == source
+
+
+def test_what_another_process_wrote_down_meanwhile_stays(make_directory: Make) -> None:
+    one, other = make_directory("one"), make_directory("other")
+
+    def hashing() -> str:
+        directory_source(other)
+        return "sha256:one"
+
+    assert fingerprint._cached(one, {}, False, hashing) == "sha256:one"
+    assert set(json.loads((cache_directory() / "fingerprints.json").read_text())) == {str(one), str(other)}
+
+
+def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for index in range(4):
+            fingerprint._cached(tmp_path / f"{number}-{index}", {}, False, lambda: "sha256:x")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(json.loads((cache_directory() / "fingerprints.json").read_text())) == 32
 
 
 def test_a_spoilt_or_unwritable_cache_only_costs_time(directory: Path) -> None:

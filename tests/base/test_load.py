@@ -102,6 +102,27 @@ def test_auto_takes_the_widest_of_mixed_dtypes(directory: Path) -> None:
     assert load_base(directory).dtype is torch.float32
 
 
+@pytest.mark.parametrize(
+    ("vector", "few"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")]
+)
+def test_auto_does_not_follow_a_few_values_of_another_dtype(make_directory: Make, vector: str, few: str) -> None:
+    """A router's biases in float32 had a bfloat16 directory opened at twice its size."""
+    directory = make_directory(dtype=getattr(torch, vector))
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state["model.norm.weight"] = (state["model.norm.weight"] * 1.1).to(getattr(torch, few))
+
+    edit_weights(directory, change)
+    assert load_base(directory).dtype is getattr(torch, vector)
+    assert load_base(directory, dtype="float32").dtype is torch.float32
+
+
+def test_auto_holds_two_16_bit_dtypes_in_float32(make_directory: Make) -> None:
+    directory = make_directory(dtype=torch.bfloat16)
+    edit_weights(directory, lambda state: state.update({"lm_head.weight": state["lm_head.weight"].to(torch.float16)}))
+    assert load_base(directory).dtype is torch.float32
+
+
 def test_dtype_by_name(directory: Path) -> None:
     base = load_base(directory, dtype="bfloat16")
     assert base.dtype is torch.bfloat16

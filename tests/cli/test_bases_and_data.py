@@ -123,7 +123,7 @@ def test_data_show_refuses_as_training_does(refusal: Any, base: Path, tmp_path: 
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": ""}\n')
     assert "a.jsonl:1: 'completion' is empty" in refusal("data", "show", tmp_path / "a.jsonl", "--base", base)
     message = refusal("data", "show", tmp_path / "a.jsonl", "--base", base, "--format", "caht")
-    assert message.startswith("data: format: Input should be 'auto', 'chat'")
+    assert message.startswith("rows: format: Input should be 'auto', 'chat'")
 
 
 def test_doctor_tells_machine_and_paths(postil: Any) -> None:
@@ -158,7 +158,7 @@ def test_data_show_reads_as_a_recipe_would(postil: Any, refusal: Any, base: Path
     assert cut.code == 0
     assert "ccccc" in cut.out
     assert "longer than the limit, cut at their end: 2" in " ".join(cut.out.split())
-    assert "data: too_long: Input should be 'drop', " in refusal(*words, *columns, "--too-long", "cut")
+    assert "rows: too_long: Input should be 'drop', " in refusal(*words, *columns, "--too-long", "cut")
     assert "unknown column 'promt' (did you mean 'prompt'?)" in refusal(*words, "--columns", "promt=question")
     assert refusal(*words, "--columns", "prompt") == (
         "--columns prompt: write name=column, such as --columns prompt=question"

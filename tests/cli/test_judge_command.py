@@ -32,8 +32,8 @@ def judge(postil: Any, base: Path, here: Path) -> Callable[..., Any]:
     """judge("--gate", ...): the command's Result on `here`."""
 
     def run(*words: object) -> Any:
-        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--set", "general.window=64",
-                "--set", "max_new_tokens=4")  # fmt: skip
+        sets = ("--target", here / "test.jsonl", "--general", here / "text.jsonl", "--chat", "none",
+                "--set", "general.window=64", "--set", "max_new_tokens=4")  # fmt: skip
         return postil("judge", here / "note", "--base", base, *sets, *words)
 
     return run
@@ -48,11 +48,18 @@ def test_a_table_and_one_sentence(judge: Any, here: Path) -> None:
         (line,) = [line for line in lines if line.split()[0] == measure]
         told = any(verdict in line for verdict in ("better", "no evidence", "worse"))
         assert told is (measure != "general.kl")  # a distance from the base is neither
-    assert lines[0].split() == ["measure", "base", "adapter", "difference", "verdict", "visible", "from"]
+    assert lines[0].split() == [
+        "measure", "base", "few-shot", "adapter", "difference", "verdict", "allowed", "visible", "from"
+    ]  # fmt: skip
+    assert "best of the baselines (few shot, most frequent, copy prompt, copy last line" in result.out
+    assert "few-shot examples and baselines are from the rows that the recipe names" in result.out
     assert f"target: {here / 'test.jsonl'}, 24 rows" in result.out
     assert lines[-1].endswith(".")
     assert "on the target: exact_match" in lines[-1]
     assert "in general: general.nats" in lines[-1]
+    assert "within the +0.05 nats/token that the gate allows" in lines[-1]
+    (line,) = [line for line in lines if line.split()[0] == "general.nats"]
+    assert "+0.05 nats/token" in line
     card = read_card(here / "note")
     assert card is not None
     assert card.target is not None
@@ -109,20 +116,25 @@ def test_the_gate_lets_through_or_refuses_with_3(judge: Any, here: Path) -> None
 
 def test_without_general_text_the_gate_refuses(judge: Any, postil: Any, base: Path, here: Path) -> None:
     result = postil("judge", here / "note", "--base", base, "--target", here / "test.jsonl", "--general", "none",
-                    "--gate", "target.nats < 100", "--set", "max_new_tokens=4")  # fmt: skip
+                    "--chat", "none", "--gate", "target.nats < 100", "--set", "max_new_tokens=4")  # fmt: skip
     assert result.code == 3
     assert "no general data" in result.err
 
 
 def test_the_version_in_service_is_compared_with(judge: Any, here: Path) -> None:
     shutil.copytree(here / "note", here / "live")
-    words = ("--gate", "target.nats <= live", "--live", here / "live")
+    words = ("--gate", "target.nats <= live and general.nats.high <= live", "--live", here / "live")
     unjudged = judge(*words)
     assert unjudged.code == 2
     assert "live holds no score card to compare with; judge it first" in unjudged.err
     assert judge().code == 0
     shutil.copy(here / "note/postil.json", here / "live/postil.json")
-    assert judge(*words).code == 0
+    same = judge(*words)
+    assert same.code == 0, same
+    assert "live (row by row 0 [0, 0])" in same.out
+    other = judge(*words, "--set", "general.window=32")  # other rows
+    assert other.code == 3
+    assert "general.nats was judged on other rows" in other.err
 
 
 def test_the_card_can_be_left_out(judge: Any, here: Path) -> None:
@@ -168,7 +180,11 @@ def test_on_a_4_bit_base(judge: Any, here: Path) -> None:
         (("--null", 1), "judge: null: one random adapter has no spread to compare with"),
         (("--quant", "nf5"), "'nf5' is no 4-bit form of a base (did you mean 'nf4'?)"),
         (("--choices", "nothing.jsonl"), "nothing.jsonl does not exist"),
-        (("--shots", 2), "few-shot examples need a target and a training file to draw them from: give --train FILE"),
+        (("--shots", 99), "rows that the target does not ask itself; --shots 99 needs as many"),
+        (
+            ("--shots", 2, "--set", "rows.format=text"),
+            "the columns 'prompt', 'completion', 'rest' are not known; wanted: text",
+        ),
     ],
 )
 def test_a_slip_is_one_sentence(refusal: Any, base: Path, here: Path, words: tuple[object, ...], said: str) -> None:
@@ -188,3 +204,30 @@ def test_a_slip_is_one_sentence(refusal: Any, base: Path, here: Path, words: tup
 
 def test_an_adapter_that_is_not_there(refusal: Any, base: Path, here: Path) -> None:
     assert "nowhere does not exist" in refusal("judge", here / "nowhere", "--base", base)
+
+
+def test_the_sentence_names_the_best_baseline() -> None:
+    from postil.cli.judge_command import sentence
+
+    def estimate(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 1, "high": value + 1}
+
+    def comparison(base: float, verdict: str) -> dict[str, Any]:
+        values = {"base": estimate(base), "adapter": estimate(55), "difference": estimate(55 - base)}
+        fixed = {"metric": "accuracy", "better": "higher", "unit": "%", "rows": 60, "detectable": 9}
+        return fixed | values | {"verdict": verdict}
+
+    def said(**baselines: float) -> str:
+        beside = {name: {"accuracy": comparison(value, "no evidence")} for name, value in baselines.items()}
+        target = {"data": {"name": "t", "sha256": "x", "rows": 60}, "main": "accuracy", "baselines": beside,
+                  "measures": {"accuracy": comparison(0, "better")}}  # fmt: skip
+        return sentence(ScoreCard.parse({"base": {}, "adapter_sha256": "x", "command": "x", "target": target}))
+
+    assert said() == "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0)."
+    assert said(copy_prompt=3, nearest_row=20) == (
+        "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0), and than nearest row (20.0)."
+    )
+    assert said(random_option=54.5, copy_prompt=0) == (
+        "No evidence on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0), "
+        "yet no better than random option (54.5)."
+    )

@@ -55,7 +55,7 @@ def test_publish_answer_roll_back(postil: Any, judge: Any, base: Path, registry:
 
     one = postil("publish", first, "--as", "support")
     assert one.code == 0, one
-    assert "passed: target is better than the base's: 30 bleu → 60 bleu" in one.err
+    assert "passed: target is better than the base's: 30 points → 60 points" in one.err
     before = answer("support@live")
     assert before == answer(first)
     two = postil("publish", second, "--as", "support")
@@ -69,7 +69,7 @@ def test_publish_answer_roll_back(postil: Any, judge: Any, base: Path, registry:
     assert listing == ["support  2 versions", f"  {one.out[:12]}", f"  {two.out[:12]}  live"]
     shown = postil("show", "support").out
     assert two.out.strip() in shown
-    assert "nats 2.9 → 2.93 nats, difference 0.03 [0.02, 0.04]: worse" in shown
+    assert "nats 2.9 → 2.93 nats/token, difference 0.03 [0.02, 0.04]: worse" in shown
     assert [line.split()[3] for line in shown.splitlines()[-4:]] == ["publish", "publish", "rollback", "promote"]
 
 
@@ -80,12 +80,15 @@ def test_a_refusal_is_exit_code_3_a_sentence_json_and_junit(
     reports = ["--json", tmp_path / "gate.json", "--junit", tmp_path / "gate.xml"]
     result = postil("publish", bad, "--as", "support", *reports)
     assert (result.code, result.out) == (3, "")
-    sentence = "refused: general.nats 3.12 is not below base + 0.05 = 2.95"
+    sentence = (
+        "refused: general.nats is worse than allowed: 2.9 nats/token → 3.12 nats/token, difference 0.22 [0.21, "
+        "0.23], +0.05 nats/token allowed"
+    )
     assert result.raw_err == f"postil: {sentence}\n"
     assert json.loads((tmp_path / "gate.json").read_text())["sentence"] == sentence
     suite = ET.parse(tmp_path / "gate.xml").getroot().find("testsuite")
     assert suite is not None
-    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert (suite.get("tests"), suite.get("failures")) == ("6", "1")  # target, nats, and four measures of chat
     accepted = postil("publish", bad, "--as", "support", "--gate", "general.nats < base + 0.3", *reports)
     assert accepted.code == 0, accepted
     assert json.loads((tmp_path / "gate.json").read_text())["passed"] is True
@@ -98,7 +101,7 @@ def test_a_passing_gate_still_names_worse_slices(postil: Any, judge: Any, regist
     sliced = judge("sliced", slices={"refund": 30, "order": 80})
     refused = postil("publish", sliced, "--as", "support")
     assert refused.code == 3
-    assert "refused: slice intent=refund: accuracy is worse" in refused.err
+    assert "refused: slice intent=refund: accuracy is worse than allowed" in refused.err
     passed = postil("publish", sliced, "--as", "support", "--gate", "target.bleu > base")
     assert passed.code == 0
     assert "note: slices that got worse: intent=refund" in passed.err
@@ -114,10 +117,11 @@ def test_the_card_of_a_real_judgement_goes_through_the_gate(
     result = postil("publish", place, "--as", "support", "--gate", gate)
     assert result.code == 0, result
     assert "passed: target.nats " in result.err
-    assert "no evidence" in postil("publish", place, "--as", "support", "--gate", "target is better").err
-    without = postil("judge", place, "--base", base, "--target", rows, "--general", "none", "--set", "resamples=100")
+    assert "no evidence" in postil("publish", place, "--as", "support", "--gate", f"target is better and {gate}").err
+    without = postil("judge", place, "--base", base, "--target", rows, "--general", "none", "--chat", "none",
+                     "--set", "resamples=100")  # fmt: skip
     assert without.code == 0, without
-    refused = postil("publish", place, "--as", "support", "--gate", "target.nats < base")
+    refused = postil("publish", place, "--as", "support", "--gate", gate)
     assert refused.code == 3
     assert "refused: the card holds no general data" in refused.err
 

@@ -409,7 +409,7 @@ def test_data_that_is_not_there(refusal: Any, train: Any, rows: Path, tmp_path: 
         (["--set", "lora.target_modules=q_porj"], "the pattern 'q_porj' matches no whole module path (did you mean"),
         (["--set", "dtype=float3"], "'float3' is no dtype for a base (did you mean 'float32'?)"),
         (["--set", "device=cdua"], "'cdua' is no device (did you mean 'cuda'?)"),
-        (["--set", "rows.format=caht"], "data: format: Input should be 'auto', 'chat', 'prompt', 'raw' or 'text'"),
+        (["--set", "rows.format=caht"], "rows: format: Input should be 'auto', 'chat', 'prompt', 'raw' or 'text'"),
     ],
 )
 def test_slips_in_flags_keys_and_targets(

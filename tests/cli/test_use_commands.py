@@ -117,6 +117,35 @@ def test_chat_keeps_the_conversation(
     assert postil("chat", "--base", base, "-n", 6, "--system", "Be kind.").out == result.out
 
 
+def overflowing(tensors: dict[str, Any]) -> None:
+    """Finite numbers whose products are not."""
+    for key, value in tensors.items():
+        if ".lora_B" in key:
+            value.fill_(3e38)
+
+
+def test_an_answer_that_breaks_off_is_said(
+    postil: Any, generate: Any, adapter: Path, changed: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = ("-a", f"evil={changed(adapter, 'adapter_model.safetensors', overflowing)}")
+    said = "the adapter 'evil' gave values that are not finite (NaN or infinite) after 0 tokens of an answer"
+    alone = postil(*generate, "Hello", *note)
+    assert (alone.code, alone.out) == (2, "\n")
+    assert said in " ".join(alone.err.split())
+    lines = [{"prompt": "Hello", "adapter": "evil"}, {"prompt": "Hello"}]
+    whole = answers(postil(*generate, "--requests", ask(lines[1])))[0]
+    beside = postil(*generate, "--requests", ask(*lines), *note)
+    broken, other = (json.loads(line) for line in beside.out.splitlines())
+    assert (broken["text"], broken["finish_reason"], broken["new_tokens"]) == ("", "error", 0)
+    assert broken["error"].startswith(said)
+    assert other == whole
+    assert beside.code == 2
+    assert "1 of 2 answers broke off" in " ".join(beside.err.split())
+    spoken = talk(postil, monkeypatch, "one\ntwo\n", *generate[1:], *note)
+    assert spoken.code == 0
+    assert " ".join(spoken.err.split()).count("this turn is left out of the conversation") == 2
+
+
 def talk(postil: Any, monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> Any:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     return postil("chat", *words)

@@ -14,6 +14,7 @@ PUBLIC = [
     "AdaptedModel",
     "Adapter",
     "AdapterError",
+    "AnswerError",
     "Base",
     "BaseModelError",
     "DataError",

@@ -33,6 +33,10 @@ NATIVE_TOOLS = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ENDS_ONCE = (  # like Phi-3: the end of text stands only where the conversation ends
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '</s>' }}{% endif %}"
+)
 _LINES = [
     "The quick brown fox jumps over the lazy dog.",
     "name[The Vaults], eatType[pub], area[riverside]",
@@ -93,6 +97,12 @@ def llama2(make_tokenizer: Callable[..., Any]) -> Any:
 def rewriting(make_tokenizer: Callable[..., Any]) -> Any:
     """A template that prints earlier answers differently."""
     return make_tokenizer(REWRITING)
+
+
+@pytest.fixture(scope="session")
+def ends_once(make_tokenizer: Callable[..., Any]) -> Any:
+    """A template with a special token after the whole conversation."""
+    return make_tokenizer(ENDS_ONCE)
 
 
 @pytest.fixture(scope="session")

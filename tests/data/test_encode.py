@@ -171,6 +171,20 @@ def test_a_rewritten_turn_is_named_with_its_mend(rewriting: Any, learned: Learne
     assert learned(sample, rewriting) == ["Monday.<|im_end|>"]
 
 
+def test_an_end_of_text_after_the_whole_conversation_is_no_rewritten_turn(
+    ends_once: Any, make_tokenizer: Callable[..., Any], learned: Learned
+) -> None:
+    row = chat(ASK, FIRST, AGAIN, SECOND)
+    (sample,) = load([row], ends_once).samples
+    assert learned(sample, ends_once) == ["On its way.<|im_end|>", "Monday.<|im_end|>\n</s>"]
+    two = make_tokenizer(ends_once.chat_template.replace("'</s>'", "'</s>\n<s>\n'"))
+    (sample,) = load([row], two).samples
+    assert learned(sample, two)[0] == "On its way.<|im_end|>"
+    other = ends_once.chat_template.replace("'</s>'", "'the end</s>'")  # more than special tokens differs
+    with pytest.raises(DataError, match=r"row 1: message 2 \(assistant\): the chat template prints this turn diff"):
+        load([row], make_tokenizer(other))
+
+
 def test_a_generation_prompt_that_is_no_prefix_is_named(make_tokenizer: Callable[..., Any]) -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -277,7 +291,7 @@ def test_split_is_for_text_only(chatml: Any) -> None:
         load([LONG], chatml, format="raw", too_long="split")
 
 
-@given(words=st.integers(1, 60), limit=st.integers(3, 25), bos=st.booleans())
+@given(words=st.integers(1, 60), limit=st.integers(2, 25), bos=st.booleans())
 def test_split_learns_every_token_once(chatml: Any, llama2: Any, words: int, limit: int, bos: bool) -> None:
     tokenizer = llama2 if bos else chatml
     rows = [{"text": "The fox " * words}]
@@ -288,6 +302,19 @@ def test_split_learns_every_token_once(chatml: Any, llama2: Any, words: int, lim
     targets = [token for piece in pieces for token in piece.ids[piece.weights > 0].tolist()]
     assert targets == whole.ids[whole.weights > 0].tolist()
     assert all(piece.ids[0] == tokenizer.bos_token_id for piece in pieces) == bos
+
+
+def test_a_piece_without_room_for_a_target_is_refused(make_tokenizer: Callable[..., Any]) -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    with pytest.raises(DataError, match="a piece of 2 tokens holds the tokenizer's 2 leading ones and nothing to"):
+        load([{"text": "The fox"}], tokenizer, max_length=2, too_long="split")
+    pieces = load([{"text": "The fox"}], tokenizer, max_length=3, too_long="split").samples
+    assert [len(piece.ids) for piece in pieces] == [3] * len(pieces)
 
 
 _text = st.text(min_size=1, max_size=30).filter(lambda text: bool(text.strip()) and "<|" not in text)

@@ -67,6 +67,14 @@ def test_columns_are_mapped() -> None:
     assert parse({"prompt": "a", "completion": "b"}, columns=swap) == Pair("b", "a", "")
 
 
+def test_a_mapped_column_that_rows_may_have_may_be_absent() -> None:
+    columns = {"instruction": "q", "output": "a", "input": "ctx", "system": "sys"}
+    assert parse({"q": "1", "a": "x", "ctx": "c"}, columns=columns) == Pair("1\n\nc", "x", "")
+    assert parse({"q": "1", "a": "x", "sys": "s"}, columns=columns) == Pair("1", "x", "s")
+    with pytest.raises(DataError, match="no column 'a'"):
+        parse({"q": "1", "ctx": "c"}, columns=columns)
+
+
 def test_alpaca_joins_instruction_and_input() -> None:
     assert parse({"instruction": "i", "input": "x", "output": "o"}) == Pair("i\n\nx", "o", "")
     assert parse({"instruction": "i", "input": "", "output": "o"}) == Pair("i", "o", "")

@@ -152,6 +152,20 @@ def test_the_report(chatml: Any, tmp_path: Path) -> None:
     assert "columns not read: id" in report.lines()
 
 
+def test_a_null_in_a_mapped_column_of_parquet(chatml: Any, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"q": "1", "a": "x", "ctx": "c"}, {"q": "2", "a": "y", "ctx": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    columns = {"instruction": "q", "output": "a", "input": "ctx"}
+    assert load_data(tmp_path / "a.parquet", chatml, DataOptions(columns=columns)).report.samples == 2
+    with pytest.raises(
+        DataError, match=r"columns: no row has anything in 'ctxt' .*'ctx'.*, which stands for 'input'"
+    ):
+        load_data(tmp_path / "a.parquet", chatml, DataOptions(columns=columns | {"input": "ctxt"}))
+
+
 def test_rows_from_a_list_have_a_hash_of_their_own(chatml: Any) -> None:
     rows = [{"text": "a"}, {"text": "b"}]
     first = load_data(rows, chatml).report.sha256

@@ -38,8 +38,30 @@ def test_pack_holds_whole_samples_end_to_end() -> None:
     assert got.weights.tolist() == [0, 0.5, 0.5, 0, 0, 0.5]
     assert (got.lengths, got.rows, got.target_tokens) == ((3, 1, 2), (1, 2, 3), 3)
     assert (got.ids.dtype, got.positions.dtype, got.weights.dtype) == (np.int64, np.int64, np.float32)
+    assert got.step_rows.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="at least one sample"):
         pack([])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (
+            Sample(np.arange(2, dtype=np.int32), np.ones(2, np.float32), 7),
+            "row 7 has a loss weight of 1 at its first",
+        ),
+        (Sample(np.arange(2, dtype=np.int32), np.zeros(3, np.float32), 7), "row 7 has 2 tokens and 3 loss weights"),
+    ],
+)
+def test_a_weight_that_nothing_could_learn_is_refused(sample: Sample, said: str, place: int) -> None:
+    """The first of a pack would have no state to be predicted from, a later one that of the sample before it."""
+    samples = make([3, 4])
+    samples[place:place] = [sample]
+    numbers = {"batch_size": 9, "accumulation": 1, "pack_tokens": 99, "seed": 0, "epoch": 0}
+    for made in (pack, pack_shared, lambda some: epoch_steps(some, **numbers)):
+        with pytest.raises(DataError, match=said):
+            made(samples)
 
 
 @given(_lengths, _counts, _counts, st.integers(1, 60), st.integers(0, 3), st.integers(0, 3), st.booleans())
@@ -96,6 +118,25 @@ def test_accumulation_does_not_change_which_rows_a_step_holds(lengths: list[int]
         return [sorted(row for chosen in step for row in chosen.rows) for step in steps]
 
     assert rows(1) == rows(2) == rows(4)
+
+
+@given(_lengths, _counts, st.integers(1, 60), st.sampled_from([1, 2, 4]))
+def test_every_token_has_one_place_in_its_step_whatever_the_split(
+    lengths: list[int], batch: int, budget: int, accumulation: int
+) -> None:
+    def places(accumulation: int, budget: int) -> list[dict[int, int]]:
+        """Per step, the place of every token (which names itself)."""
+        steps = epoch_steps(
+            make(lengths), batch_size=batch, accumulation=accumulation, pack_tokens=budget, seed=1, epoch=2
+        )
+        return [
+            {int(i): int(row) for one in step for i, row in zip(one.ids, one.step_rows, strict=True)}
+            for step in steps
+        ]
+
+    found = places(accumulation, budget)
+    assert found == places(1, 10**6)
+    assert all(sorted(step.values()) == list(range(len(step))) for step in found)
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -249,3 +290,52 @@ def test_examples_are_shared_by_all_questions_and_a_question_by_its_choices() ->
     assert got.samples == (2, 3, 4, 6, 7, 8)
     with pytest.raises(DataError, match="at least one sample"):
         pack_shared([])
+
+
+def asking(questions: list[int], seed: int = 0) -> list[Sample]:
+    """A row for each number: rows of one number ask the same and answer something else."""
+    return [
+        Sample(np.array([question, 5, 100 + row], dtype=np.int32), np.array([0, 0, 1], dtype=np.float32), row,
+               question=f"{question}".encode())
+        for row, question in enumerate(questions, start=1)
+    ]  # fmt: skip
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.floats(0, 0.6), st.integers(0, 5))
+def test_rows_that_ask_the_same_are_held_out_together(questions: list[int], share: float, seed: int) -> None:
+    samples = asking(questions)
+    train, valid = split_valid(samples, share, seed)
+    held = {sample.row for sample in valid}
+    assert train
+    assert sorted(sample.row for sample in (*train, *valid)) == [sample.row for sample in samples]
+    assert [sample.row for sample in split_valid(samples, share, seed)[1]] == [sample.row for sample in valid]
+    wanted = min(max(1, round(share * len(questions))) if share else 0, len(questions) - 1)
+    assert bool(held) == (wanted > 0)
+    least = min(questions.count(one) for one in questions)
+    if wanted and least <= len(questions) // 4:
+        assert {one.question for one in train}.isdisjoint(one.question for one in valid)
+        assert len(held) <= max(len(questions) // 4, 2 * wanted)
+
+
+def test_the_share_is_met_as_near_as_whole_questions_come() -> None:
+    def held(questions: list[int], share: float) -> int:
+        return len(split_valid(asking(questions), share, 0)[1])
+
+    assert held([n // 8 for n in range(400)], 0.1) == 40  # 50 questions of eight rows: five of them
+    assert held([n // 8 for n in range(400)], 0.055) == 24  # 22 are wanted: 24 is nearer than 16
+    assert held([n // 8 for n in range(400)], 0.045) == 16  # 18 are wanted: 16 is nearer than 24
+    assert held([n // 25 for n in range(100)], 0.05) == 25  # a question at least
+    assert held([*[0] * 99, 1], 0.05) == 1
+
+
+def test_where_every_row_asks_the_same_rows_are_held_out_and_equal_ones_together() -> None:
+    assert len(split_valid(asking([0] * 100), 0.05, 0)[1]) == 5
+    twice = [
+        Sample(one.ids, one.weights, 2 * one.row + again, question=one.question)
+        for one in asking([0] * 50) for again in (0, 1)
+    ]  # fmt: skip
+    train, valid = split_valid(twice, 0.05, 0)
+    assert len(valid) in (4, 6)
+    assert {one.ids.tobytes() for one in train}.isdisjoint(one.ids.tobytes() for one in valid)
+    same = [Sample(twice[0].ids, twice[0].weights, row) for row in range(1, 11)]
+    assert [len(part) for part in split_valid(same, 0.1, 0)] == [9, 1]

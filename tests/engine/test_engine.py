@@ -12,7 +12,6 @@ import torch
 from postil.adapter import attach, detach
 from postil.base import live_digest
 from postil.engine import Answer, Engine, Request
-from postil.engine.cache import KeyValueStore
 from postil.errors import AdapterError, RequestError
 
 KINDS = ("llama", "gemma2", "gpt2", "falcon")
@@ -92,6 +91,25 @@ def test_odd_architectures_answer_as_by_themselves(
         differences(answer, *merged_greedy(base, None, ids, 8)) for answer, ids in zip(answers, prompts, strict=True)
     )
     assert close <= 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_each_answer_is_told_once_as_soon_as_it_is_finished(
+    kind: str, make_base: Callable[..., Any], make_adapters: Callable[..., Any]
+) -> None:
+    base = make_base(kind)
+    told: dict[int, Answer] = {}
+    counts: list[tuple[int, int]] = []
+
+    def finished(place: int, answer: Answer) -> None:
+        assert place not in told
+        told[place] = answer
+
+    with Engine(base, make_adapters(base), max_batch=4) as engine:
+        answers = engine.run(mixed(12), lambda done: counts.append((done, len(told))), finished)
+    assert [told[place] for place in range(12)] == answers
+    assert all(done == known for done, known in counts)
+    assert len(set(counts)) > 4  # as they come, not at the end
 
 
 def test_adapters_change_the_answers(make_base: Callable[..., Any], make_adapters: Callable[..., Any]) -> None:
@@ -202,18 +220,3 @@ def test_closing_takes_off_what_was_attached_and_no_more(
     assert list(model.residents) == ["mine"]
     detach(model)
     Engine(base).close()
-
-
-def test_the_store_keeps_rows_when_it_grows_and_moves() -> None:
-    store = KeyValueStore(3, 500)
-    store.reserve(2, [])
-    store.write_rows = torch.tensor([0, store.capacity, store.capacity + 1])
-    values = torch.arange(3.0).view(3, 1, 1) + 1
-    store.extend(0, values, -values)
-    store.reserve(100, [1, 2])
-    store.arrange([1, 0], 2)
-    store.write_rows = torch.tensor([2])
-    keys, negative = store.extend(0, values[:1] + 8, values[:1])
-    assert keys[:3, 0, 0].tolist() == [2.0, 3.0, 9.0]
-    assert float(keys[store.capacity]) == 1.0
-    assert negative[:3, 0, 0].tolist() == [-2.0, -3.0, 1.0]

@@ -15,7 +15,7 @@ from postil.adapter import LoraConfig, attach
 from postil.adapter.peft_files import save_adapter
 from postil.data import Pack, Sample
 from postil.training import TrainOptions, train
-from postil.training.loop import _steps
+from postil.training.step import steps_of
 
 STEPS = 20
 EQUAL = 1e-4  # nats per target token
@@ -79,7 +79,7 @@ def train_with_peft(model: Any, data: Sequence[Sample], options: TrainOptions) -
         trained, lr=options.learning_rate, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     out = []
-    for (_, packs), factor in zip(_steps(data, options, 0, STEPS), factors(options), strict=True):
+    for (_, packs), factor in zip(steps_of(data, options, 0, STEPS), factors(options), strict=True):
         batch = padded(packs)
         count = (batch["labels"][:, 1:] != -100).sum()
         loss = model(**batch, num_items_in_batch=count, use_cache=False).loss
@@ -130,7 +130,7 @@ def test_every_step_has_pefts_loss(name: str, lab: Any, tmp_path: Path) -> None:
 def test_a_wrong_divisor_would_be_seen(lab: Any, tmp_path: Path) -> None:
     """The comparison can fail: with a mean over rows in place of target tokens the losses part at once."""
     options = TrainOptions(steps=1, batch_size=5)
-    _, packs = next(_steps(samples(), options, 0, 1))
+    _, packs = next(steps_of(samples(), options, 0, 1))
     events: list[dict[str, Any]] = []
     train(attach(lab.tiny("llama"), LoraConfig()), samples(), options=options, watch=events.append)
     batch = padded(packs)

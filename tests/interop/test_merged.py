@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from postil.adapter import AdaptedModel, LoraConfig, attach
-from postil.adapter.merge import export_merged
+from postil.adapter.export import export_merged
 from postil.adapter.peft_files import load_adapter, save_adapter
 
 EQUAL = 1e-4

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from postil.adapter import AdaptedModel, LoraConfig, attach, detach
-from postil.adapter.merge import export_merged, merge, unmerge
+from postil.adapter.export import export_merged
+from postil.adapter.merge import merge, unmerge
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest, load_base
 from postil.data import Sample

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from postil.errors import JudgeError
 from postil.judging import bootstrap as statistics
-from postil.judging.bootstrap import compare, estimate, verdict
+from postil.judging.bootstrap import compare, estimate, row_values
+from postil.judging.card.model import Estimate, verdict_of
 from postil.judging.metrics import metric_named
 from postil.judging.metrics.metric import Metric, Row, Statistics, mean_of
 
@@ -101,9 +102,11 @@ def test_verdicts_follow_what_is_better() -> None:
     assert (lower.metric, lower.better, lower.unit, lower.rows) == ("nats", "lower", "nats/token", 80)
     assert lower.difference.value == pytest.approx(lower.adapter.value - lower.base.value)
     for low, high, says in ((0, 1, "no evidence"), (-1, 0, "no evidence"), (0.1, 1, "better"), (-1, -0.1, "worse")):
-        assert verdict(POINTS, low, high) == says
-    for metric in (POINTS, NATS):
-        assert verdict(metric, math.nan, math.nan) == verdict(metric, math.nan, 1.0) == "no evidence"
+        assert verdict_of("higher", Estimate(value=0.5 * (low + high), low=low, high=high)) == says
+    for better in ("higher", "lower"):
+        for high in (math.nan, 1.0):
+            unknown = Estimate(value=math.nan, low=math.nan, high=high)
+            assert verdict_of(better, unknown) == "no evidence"  # type: ignore[arg-type]
 
 
 def test_equal_systems_are_no_evidence_and_still_say_what_could_be_shown() -> None:
@@ -155,19 +158,63 @@ def test_all_right_is_not_certain() -> None:
     assert (uncounted.low, uncounted.high) == (0, 100)
 
 
-def test_several_looks_widen_every_interval() -> None:
+def test_several_looks_widen_the_interval_that_a_gain_must_show_in() -> None:
     base, adapter = pair(np.random.default_rng(5), 100, 0.42)
     one, ten = compare(POINTS, base, adapter), compare(POINTS, base, adapter, looks=10)
-    assert (one.level, ten.level) == (0.95, pytest.approx(0.995))
-    for name in ("base", "adapter", "difference"):
-        narrow, wide = getattr(one, name), getattr(ten, name)
-        assert narrow.value == wide.value
-        assert wide.low < narrow.low < narrow.high < wide.high
+    assert one.corrected is None
+    assert ten.corrected is not None
+    assert (one.base, one.adapter, one.difference, one.level) == (ten.base, ten.adapter, ten.difference, ten.level)
+    assert ten.corrected.low < ten.difference.low < ten.difference.high < ten.corrected.high
     assert (one.verdict, ten.verdict) == ("better", "no evidence")
     assert ten.detectable > one.detectable
-    many = compare(POINTS, base, adapter, looks=1000).difference  # beyond what resamples reach: the normal interval
+    many = compare(POINTS, base, adapter, looks=1000).corrected  # beyond what resamples reach: the normal interval
+    assert many is not None
     assert many.high - many.value == pytest.approx(many.value - many.low)
-    assert many.high - many.low > 1.2 * (ten.difference.high - ten.difference.low)
+    assert many.high - many.low > 1.2 * (ten.corrected.high - ten.corrected.low)
+
+
+@pytest.mark.parametrize("looks", [1, 20, 40, 77, 200])
+def test_no_number_of_looks_hides_harm(looks: int) -> None:
+    """Ten rows that fall from 100% to 0%, and twenty from 100% to 55%, among so many slices."""
+    fallen = compare(SHARE, rows_of([100.0] * 10), rows_of([0.0] * 10), looks=looks)
+    assert fallen.verdict == "worse"
+    halved = compare(SHARE, rows_of([100.0] * 20), rows_of([100.0] * 11 + [0.0] * 9), looks=looks)
+    assert halved.verdict == "worse"
+    risen = compare(SHARE, rows_of([0.0] * 10), rows_of([100.0] * 10), looks=looks)
+    assert risen.verdict == ("better" if looks <= 20 else "no evidence")  # a gain still pays for the looks
+
+
+def test_an_interval_holds_its_value() -> None:
+    random = np.random.default_rng(7)
+    labels = metric_named("macro_f1", {"labels": tuple("abcdefgh")})
+    for _ in range(30):
+        rows: list[Row] = [{"completion": random.choice(list("abcdefgh"))} for _ in range(9)]
+        found = compare(
+            labels, *(labels.statistics([random.choice(list("abcdefgh")) for _ in rows], rows) for _ in "ab")
+        )
+        for one in (found.base, found.adapter, found.difference):
+            assert one.low <= one.value <= one.high  # a resample often lacks a label: the draws lie beside the value
+
+
+def test_row_values_are_a_means_rows_and_stand_for_any_measure() -> None:
+    means = rows_of([3.0, 5.0, 10.0])
+    assert row_values(POINTS, means).tolist() == pytest.approx([3, 5, 10])
+    idle = np.concatenate([means, np.zeros((1, 2))])
+    assert np.isnan(row_values(POINTS, idle)[3])
+    assert row_values(POINTS, rows_of([7.0])).tolist() == [7]
+    weighed = np.array([[10.0, 5.0], [1.0, 1.0], [30.0, 10.0]])  # nats, tokens
+    assert row_values(NATS, weighed).mean() == pytest.approx(41 / 16, rel=0.1)
+    rows: list[Row] = [{"references": [f"the cat number {i} sat on the mat today"]} for i in range(40)]
+    answers = [row["references"][0] if i % 2 else "a dog ran over the hill" for i, row in enumerate(rows)]
+    metric = metric_named("bleu")
+    stats = metric.statistics(answers, rows)
+    values = row_values(metric, stats)
+    found = compare(metric, stats, stats).adapter
+    assert values.mean() == pytest.approx(found.value, abs=0.5)
+    error = values.std(ddof=1) / math.sqrt(40)
+    assert error == pytest.approx(
+        (found.high - found.low) / 2 / 1.96, rel=0.15
+    )  # the jackknife's and the bootstrap's
 
 
 def test_one_seed_gives_one_result_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

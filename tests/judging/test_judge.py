@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ from postil.adapter.identity import adapter_sha256, update_card
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.base import Base, live_digest
 from postil.data import DataOptions, load_data
-from postil.errors import AdapterError, JudgeError, PostilError
+from postil.errors import AdapterError, JudgeError, PostilError, StorageError
 from postil.judging.asking.likelihoods import mean_nats, nats_and_kl, row_losses
 from postil.judging.card.build import NATS
 from postil.judging.card.file import read_card
 from postil.judging.card.model import ScoreCard
-from postil.judging.judge import judge
+from postil.judging.gate.gate import check
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned, {n * n} times over."} for n in range(12)]
@@ -46,6 +51,18 @@ def files(tmp_path: Path, taught: Adapter, rows: Rows) -> dict[str, Path]:
         found[name] = tmp_path / f"{name}.jsonl"
         found[name].write_text("".join(json.dumps(row) + "\n" for row in rows(*ends)))
     return found
+
+
+def test_an_adapter_whose_numbers_overflow_gets_no_card(base: Base, files: dict[str, Path], taught: Adapter) -> None:
+    """Half an answer is none to score; without answers the likelihoods say it, and no gate passes them."""
+    tensors = {
+        key: torch.full_like(value, 3e38) if "lora_B" in key else value for key, value in taught.tensors.items()
+    }
+    evil = replace(taught, tensors=tensors)
+    told = "answers of what is judged: the adapter 'judged' gave values that are not finite"
+    with pytest.raises(JudgeError, match=rf"{told}.*\(20 of 20 answers broke off\)"):
+        judge(base, evil, target=files["test"], general=TEXT, options=options())
+    assert attach(base).residents == {}
 
 
 def test_the_card_of_an_adapter_that_learned_its_task(base: Base, files: dict[str, Path], taught: Adapter) -> None:
@@ -95,7 +112,7 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
 def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
-    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0")
+    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0 and general.nats > 0")
     card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
     assert any("is a published version, which never changes" in note for note in card.notes)
     assert registry.resolve("note") == version.path  # every byte as it was
@@ -210,6 +227,48 @@ def test_training_rows_that_come_back_are_found(
         judge(base, memorised, leaks=rows(0, 3), options=options(rows={"format": "raw"}, leakage=leak))
 
 
+def test_an_own_measure_is_tried_before_the_work_and_has_a_name_of_its_own(
+    base: Base, files: dict[str, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "cheat.py"
+    own.write_text("def bleu(answer, row):\n    return 100\n\ndef odd(answer, row):\n    raise EOFError\n")
+    told: list[Any] = []
+    with pytest.raises(JudgeError, match=r"row 1: .*cheat\.py:odd failed: EOFError \(line 5\)"):
+        judge(base, files["adapter"], target=files["test"], general=TEXT, watch=told.append,
+              options=options(metrics=(f"{own}:odd",)))  # fmt: skip
+    assert told == []
+    card = judge(base, files["adapter"], target=files["test"], general=TEXT, keep=False,
+                 options=options(metrics=(f"{own}:bleu", "bleu"), slices=("group",)),
+                 gate="target.own.bleu > base - 1 and slices.own.bleu > base - 1")  # fmt: skip
+    assert card.target is not None
+    assert list(card.target.measures) == ["own.bleu", "bleu", "nats"]
+    assert card.find("target.own.bleu").base.value == 100 != card.find("target.bleu").base.value
+    assert card.find("target.group=a.own.bleu").rows == 10
+    assert check(card, "target.own.bleu > base - 1 and slices.own.bleu > base - 1 and general.nats > 0").passed
+    with pytest.raises(JudgeError, match=r"two measures would be called 'own\.bleu'"):
+        judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+              options=options(metrics=(f"{own}:bleu", f"{own.parent}/./cheat.py:bleu")))  # fmt: skip
+
+
+def test_what_is_said_of_how_rows_are_measured_is_on_the_card(base: Base, files: dict[str, Path]) -> None:
+    card = judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+                 options=options(metrics=("sari",)))  # fmt: skip
+    assert any(note.startswith("sari: the source is the whole prompt") for note in card.notes)
+    with pytest.raises(JudgeError, match="exact_calls needs a row that wants a call, and no row does"):
+        judge(base, files["adapter"], target=files["test"], general=None, keep=False,
+              options=options(metrics=("exact_calls",)))  # fmt: skip
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_the_work(
+    base: Base, files: dict[str, Path], tmp_path: Path
+) -> None:
+    told: list[Any] = []
+    with pytest.raises(StorageError, match=r"predictions\.jsonl\.partial could not be written"):
+        judge(base, files["adapter"], target=files["test"], general=None, watch=told.append, options=options(),
+              predictions=files["test"] / "predictions.jsonl")  # fmt: skip
+    assert told == []
+
+
 def test_every_prediction_is_written(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     pairs = [{"good": "a b c", "bad": "c b a"}]
     out = tmp_path / "predictions.jsonl"
@@ -288,7 +347,7 @@ def test_a_measure_that_suits_the_rows_is_taken_and_said(base: Base, taught: Ada
                  options=JudgeOptions(metrics=()))  # fmt: skip
     assert card.target is not None
     assert card.target.main == "accuracy"
-    assert "measured by accuracy, since the answers are 1 labels" in card.notes
+    assert "measured by accuracy, since every answer is the same label" in card.notes
 
 
 def test_running_text_is_judged_by_its_loss(base: Base, taught: Adapter) -> None:
@@ -303,7 +362,7 @@ def test_a_users_own_measure(base: Base, taught: Adapter, rows: Rows, tmp_path: 
     place.write_text("def letters(answer, row):\n    return float(len(answer))\n")
     card = judge(base, taught, target=rows(40, 52), general=None, keep=False,
                  options=JudgeOptions(metrics=(f"{place}:letters",)))  # fmt: skip
-    assert card.find("target.letters").adapter.value == len("yes sir")
+    assert card.find("target.own.letters").adapter.value == len("yes sir")
 
 
 @pytest.mark.parametrize(
@@ -343,8 +402,90 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
     assert judge(other, taught, general=TEXT, options=options(), keep=False, force=True).find("general.nats")
 
 
+def test_the_training_file_that_the_recipe_names_is_known(
+    base: Base, files: dict[str, Path], taught: Adapter
+) -> None:
+    told = json.loads((files["adapter"] / "postil.json").read_text())
+    sha256 = hashlib.sha256(files["train"].read_bytes()).hexdigest()
+    told["card"] |= {"recipe": {"rows": {"format": "raw"}, "data": str(files["train"])}, "data": {"sha256": sha256}}
+    (files["adapter"] / "postil.json").write_text(json.dumps(told))
+
+    def judged(**more: Any) -> ScoreCard:
+        return judge(base, files["adapter"], target=files["test"], general=None, keep=False, options=options(**more))
+
+    card = judged()
+    assert card.target is not None
+    assert (card.target.shots, list(card.target.few_shot)) == (4, ["exact_match"])
+    assert "nearest_row" in card.target.baselines
+    assert any(str(files["train"]) in note and "--shots 0" in note for note in card.notes)
+    assert "--train" not in card.command
+    without = judged(shots=0)
+    assert without.target is not None
+    assert (without.target.shots, without.target.few_shot) == (0, {})
+    assert "nearest_row" in without.target.baselines
+    assert "few_shot" not in without.target.baselines
+    assert "--shots 0" in without.command
+    files["train"].write_text(files["train"].read_text() + "\n")  # other bytes are other rows
+    changed = judged()
+    assert changed.target is not None
+    assert (changed.target.shots, "nearest_row" in changed.target.baselines) == (0, False)
+    with pytest.raises(JudgeError, match="few-shot examples need a target and a training file"):
+        judged(shots=2)
+
+
+def test_what_needs_no_learning_stands_beside_the_adapter(base: Base, files: dict[str, Path]) -> None:
+    card = judge(base, files["adapter"], target=files["test"], train=files["train"], general=TEXT, keep=False,
+                 options=options(shots=0, null=2))  # fmt: skip
+    assert card.target is not None
+    assert list(card.target.baselines) == ["most_frequent", "copy_prompt", "copy_last_line", "nearest_row"]
+    assert card.find("target").verdict == "better"
+    for name, value in (("most_frequent", 100), ("nearest_row", 100), ("copy_prompt", 0)):
+        assert card.target.baselines[name]["exact_match"].base.value == value
+    assert card.target.verdict == "no evidence"  # every row has one answer, so nothing was to be learned
+    assert ScoreCard.parse(card.model_dump(mode="json")) == card
+    text = judge(base, files["adapter"], target=TEXT, general=None, keep=False,
+                 options=JudgeOptions.parse({"rows": {"format": "text"}}))  # fmt: skip
+    assert text.target is not None
+    assert text.target.baselines == {}
+
+
+def test_judging_on_what_was_trained_on_is_noticed(
+    base: Base, files: dict[str, Path], taught: Adapter, rows: Rows
+) -> None:
+    def found(target: Any, general: Any = TEXT, judged: Any = taught) -> Any:
+        return judge(base, judged, target=target, general=general, keep=False, options=options()).contamination
+
+    both = found(rows(35, 50))
+    assert (both.target, both.target_rows, both.target_answers, both.general, both.general_rows) == (5, 15, 5, 0, 12)
+    assert found(files["train"]).target == 40
+    assert found(rows(40, 50), None, files["adapter"]).target == 0
+    (files["adapter"] / "postil.json").unlink()
+    card = judge(base, files["adapter"], target=rows(0, 4), general=None, keep=False, force=True, options=options(
+        rows={"format": "raw"}))  # fmt: skip
+    assert card.contamination is None
+    assert any("does not tell what it was trained on" in note for note in card.notes)
+
+
+def test_general_documents_that_were_guarded_with_are_counted(base: Base, rows: Rows) -> None:
+    model = attach(attach(base), LoraConfig(r=2), name="note")
+    documents = [{"text": f"{one['text']} And then {n} more things were told of it."} for n, one in enumerate(TEXT)]
+    guarded = load_data(documents, base, DataOptions(format="text"))
+    data = load_data(rows(0, 8), base, DataOptions(format="raw"))
+    adapter = postil.train(model, data, general=guarded, name="note", steps=1, batch_size=4, warmup=0, guard=9.0)
+    assert adapter is not None
+    postil.detach(model)
+    adapter.card["recipe"] = {"rows": {"format": "raw"}}
+    card = judge(base, adapter, general=[*documents[:3], *TEXT], options=options(), keep=False)
+    assert card.contamination is not None
+    assert (card.contamination.general, card.contamination.general_rows) == (3, 15)
+    first = {"window": 32, "tokens": 40}  # of the text that is measured alone
+    card = judge(base, adapter, general=[*documents[:3], *TEXT], options=options(general=first), keep=False)
+    assert card.contamination is not None
+    assert (card.contamination.general, card.contamination.general_rows) == (1, 1)
+
+
 def test_it_is_public() -> None:
-    assert postil.judge is judge
+    assert postil.judge is judge_with_chat
     assert postil.ScoreCard is ScoreCard
     assert postil.JudgeOptions is JudgeOptions
     assert NATS.better == "lower"

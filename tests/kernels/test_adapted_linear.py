@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postil.errors import InternalError
+from postil.errors import AdapterError, InternalError
 from postil.kernels.adapted_linear import AdapterSlot, Group, adapted_linear
-from postil.kernels.adapted_linear.op import drop
 from postil.kernels.adapted_linear.reference import adapted_linear_reference
 from postil.kernels.layout import Span, Spans
 
@@ -25,10 +24,6 @@ class Dense:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-
-    @property
-    def d_out(self) -> int:
-        return self.weight.shape[0]
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
@@ -60,7 +55,7 @@ def make_group(seed: int = 0, dtype: torch.dtype = torch.float32) -> Group:
     members = [
         Dense(
             torch.randn(d, D_IN, generator=generator).to(dtype),
-            torch.randn(d, generator=generator).to(dtype) if j != 1 else None,
+            torch.randn(d, generator=generator).to(dtype) if j != 2 else None,
         )
         for j, d in enumerate(D_OUT)
     ]
@@ -68,7 +63,7 @@ def make_group(seed: int = 0, dtype: torch.dtype = torch.float32) -> Group:
     slots = {
         0: make_slot(generator, (2, 2, 2), none, 0.0),
         1: make_slot(generator, (1, 4, 3), (True, True, False), 0.0),
-        2: make_slot(generator, (3, 0, 1), (False, True, True), 0.4),
+        2: make_slot(generator, (3, 0, 1), (False, True, False), 0.4),
         3: make_slot(generator, (0, 2, 0), none, 0.4),
         4: make_slot(generator, (0, 0, 0), (True, False, False), 0.0),
     }
@@ -148,8 +143,8 @@ def test_by_the_equation() -> None:
     group, x = make_group(), make_x(4)
     slot, member = group.slots[1], group.members[1]
     got = adapted_linear(x, group, Spans((Span(1, 3, 1, 0.5),)))[1]
-    expected = x @ member.weight.T
-    expected[1:3] += 0.5 * (2.0 * (x[1:3] @ slot.a[1:5].T) @ slot.b[1].T + slot.biases[1])
+    expected = x @ member.weight.T + member.bias
+    expected[1:3] += 0.5 * (2.0 * (x[1:3] @ slot.a[1:5].T) @ slot.b[1].T + slot.biases[1] - member.bias)
     torch.testing.assert_close(got, expected)
 
 
@@ -177,19 +172,6 @@ def test_a_rows_result_does_not_depend_on_other_spans() -> None:
     among = adapted_linear(x, group, Spans((Span(0, 3, 1), own, Span(7, 13, 2, seed=9))))
     for y, z in zip(alone, among, strict=True):
         assert torch.equal(y[3:7], z[3:7])
-
-
-def test_dropout_is_named_by_its_seed_and_group() -> None:
-    group, x = make_group(), torch.ones(50, D_IN)
-    slot = group.slots[2]
-    first = drop(x, Span(0, 50, 2, seed=1), slot, group)
-    assert torch.equal(first, drop(x, Span(0, 50, 2, seed=1), slot, group))
-    assert not torch.equal(first, drop(x, Span(0, 50, 2, seed=2), slot, group))
-    assert not torch.equal(first, drop(x, Span(0, 50, 2, seed=1), slot, Group("other", group.members)))
-    torch.testing.assert_close(first.unique(), torch.tensor([0.0, 1 / 0.6]))
-    assert 0.25 < (first == 0).float().mean() < 0.55
-    assert drop(x, Span(0, 50, 2, seed=0), slot, group) is x
-    assert drop(x, Span(0, 50, 0, seed=1), group.slots[0], group) is x
 
 
 def test_no_gradient_for_x_that_needs_none() -> None:
@@ -241,6 +223,42 @@ def test_inference_mode() -> None:
         got, want = adapted_linear(x, group, spans), adapted_linear_reference(x, group, spans)
     for y, z in zip(got, want, strict=True):
         torch.testing.assert_close(y, z, rtol=4e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("written", ["a", "b"])
+def test_values_written_between_the_passes_are_noticed(written: str) -> None:
+    group, x = make_group(), make_x(5)
+    outputs = adapted_linear(x, group, Spans((Span(0, 5, 1),)))
+    with torch.no_grad():
+        (group.slots[1].a if written == "a" else group.slots[1].b[2]).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs[0].sum().backward()
+
+
+@pytest.mark.parametrize("later", ["nothing", "another"])
+def test_an_adapter_that_is_gone_by_the_backward_pass_is_an_error(later: str) -> None:
+    group = make_group()
+    outputs = adapted_linear(make_x(5), group, Spans((Span(0, 5, 1),)))
+    del group.slots[1]
+    if later == "another":
+        group.slots[1] = make_group(seed=9).slots[1]
+    with pytest.raises(AdapterError, match="removed after the forward pass"):
+        outputs[0].sum().backward()
+
+
+def test_a_model_moved_without_its_adapters_is_named() -> None:
+    with pytest.raises(AdapterError, match="moved to meta after an adapter was attached, which lies on cpu"):
+        adapted_linear(make_x(5).to("meta"), make_group(), Spans((Span(0, 5, 1),)))
+
+
+def test_casts_of_tensors_that_were_replaced_are_let_go() -> None:
+    slot = make_group(dtype=torch.bfloat16).slots[0]
+    kept = [torch.randn(6, D_IN) for _ in range(3)]
+    for tensor in kept:
+        slot.cast(tensor, torch.bfloat16)
+    for _ in range(20):
+        slot.cast(torch.randn(6, D_IN), torch.bfloat16)
+    assert len(slot._casts) <= len(kept) + 1
 
 
 def test_a_span_outside_the_batch_is_refused() -> None:

@@ -71,6 +71,15 @@ def test_a_trained_weight_gets_its_gradient_from_torch() -> None:
     close(weight.grad, x.float().sum(0).bfloat16().expand(4, 8))
 
 
+@pytest.mark.usefixtures("slow")
+def test_a_weight_written_between_the_passes_is_noticed() -> None:
+    x, weight = random(32, 8, dtype=torch.bfloat16, seed=0), random(4, 8, dtype=torch.bfloat16, seed=1)
+    y = matmul(x.requires_grad_(), weight)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", [(40, 192), (7, 96), (5, 33)])
 def test_4_bit_products_are_those_of_the_plain_form(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from postil.kernels.loss import kl_divergence
-from postil.kernels.loss.op import CHUNK_ROWS
+from postil.kernels.loss.chunks import CHUNK_ROWS
 from postil.kernels.loss.reference import Head, kl_divergence_reference
 
 D_P, D_Q, VOCABULARY = 5, 6, 11

@@ -1,4 +1,4 @@
-"""Spans and layouts: taking rows, cutting, tables, checks, packed sequences."""
+"""Spans and layouts: taking rows, cutting, numbers of rows, checks, packed sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postil.errors import InternalError
-from postil.kernels.layout import Layout, Segment, Span, Spans, positions_of
+from postil.kernels.layout import Layout, Rows, Segment, Span, Spans, positions_of
 
 ROWS = 12
 SPANS = st.lists(
@@ -37,6 +37,21 @@ def test_of_leaves_out_empty_spans() -> None:
     assert Spans.of([Span(2, 2, 0), full, Span(4, 3, 1)]).items == (full,)
 
 
+@given(SPANS, st.sets(st.integers(0, ROWS - 1), min_size=1), st.integers(0, ROWS), st.integers(0, ROWS))
+def test_rows_keep_their_numbers_when_taken_and_cut(spans: Spans, chosen: set[int], a: int, b: int) -> None:
+    """Of a step's row 30 + 2i each, whatever batch of its rows they are put in."""
+    numbers = torch.arange(30, 30 + 2 * ROWS, 2)
+    for origin in (None, Rows(numbers)):
+        whole = Spans(spans.items, origin)
+        known = torch.arange(ROWS) if origin is None else numbers
+        rows = sorted(chosen)
+        taken = whole.take(rows)
+        start, end = min(a, b, len(rows)), min(max(a, b), len(rows))
+        for part, mine in ((taken, known[rows]), (taken.within(start, end), known[rows[start:end]])):
+            for item in part.items:
+                assert part.numbers(item, torch.device("cpu")).tolist() == mine[item.start : item.end].tolist()
+
+
 @given(SPANS, st.sets(st.integers(0, ROWS - 1)))
 def test_take_keeps_what_applies_to_each_taken_row(spans: Spans, chosen: set[int]) -> None:
     rows = sorted(chosen)
@@ -53,17 +68,6 @@ def test_within_keeps_what_applies_to_each_row_of_the_range(spans: Spans, a: int
     cut = spans.within(start, end)
     cut.check(end - start)
     assert per_row(cut, end - start) == per_row(spans, ROWS)[start:end]
-
-
-def test_table() -> None:
-    rows, scales = Spans((Span(0, 3, 2, 0.5), Span(3, 4, 1))).table()
-    assert rows.dtype == torch.int32
-    assert rows.tolist() == [[0, 3, 2], [3, 4, 1]]
-    assert scales.dtype == torch.float32
-    assert scales.tolist() == [0.5, 1.0]
-    rows, scales = Spans().table()
-    assert rows.shape == (0, 3)
-    assert scales.shape == (0,)
 
 
 @pytest.mark.parametrize("span", [Span(-1, 2, 0), Span(0, 6, 0), Span(3, 3, 0), Span(4, 2, 0)])

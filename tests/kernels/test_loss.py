@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from postil.kernels.loss import cross_entropy
-from postil.kernels.loss.op import CHUNK_ROWS
+from postil.kernels.loss.chunks import CHUNK_ROWS
 from postil.kernels.loss.reference import cross_entropy_reference
 
 D, VOCABULARY = 6, 11

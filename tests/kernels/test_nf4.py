@@ -205,14 +205,12 @@ def test_tiles_cost_no_accuracy_in_bfloat16() -> None:
 def test_gradients(shape: tuple[int, int]) -> None:
     w = quantise(random(shape))
     x = random((4, shape[1]), torch.float64, 1).requires_grad_()
-    g = random((4, shape[0]), torch.float64, 2).requires_grad_()
+    g = random((4, shape[0]), torch.float64, 2)
     bias = random((1, shape[0]), torch.float64, 3)[0].requires_grad_()
     with tiles(128):
         assert torch.autograd.gradcheck(lambda x, bias: matmul(x, w, bias), (x, bias))
-        (dx,) = torch.autograd.grad(matmul(x, w), x, g.detach())
-        assert torch.equal(dx, matmul_t(g.detach(), w))
-        (dg,) = torch.autograd.grad(matmul_t(g, w), g, x.detach())
-        assert torch.equal(dg, matmul(x.detach(), w))
+        (dx,) = torch.autograd.grad(matmul(x, w), x, g)
+        assert torch.equal(dx, matmul_t(g, w))
 
 
 def test_no_rows() -> None:

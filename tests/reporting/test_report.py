@@ -14,6 +14,7 @@ from postil.adapter import Adapter
 from postil.adapter.peft_files import save_adapter
 from postil.errors import JudgeError
 from postil.judging.card.model import Comparison, CurvePoint, DataUsed, Estimate, Leakage, Part, ScoreCard
+from postil.reporting.card_page import baseline_line, card_html, sentence
 from postil.reporting.report import ANSWERS, write_beside, write_report
 from postil.reporting.reported import read_reported, run_of
 
@@ -75,6 +76,25 @@ def card(**changes: Any) -> ScoreCard:
     return ScoreCard(**values | changes)
 
 
+def test_the_best_of_what_needs_no_learning_is_named() -> None:
+    part = card().target
+    assert part is not None
+    assert baseline_line(part) == ""
+    nearest = {"bleu": compared(60.69, 60.7), "nats": compared(1, 2)}
+    beside = {"copy_prompt": {"bleu": compared(20.0, 60.7)}, "nearest_row": nearest}
+    found = part.model_copy(update={"baselines": beside})
+    assert baseline_line(found) == (
+        "best of the baselines (copy prompt, nearest row): nearest row, bleu 60.7; "
+        "the adapter is not shown to be better (+0.0, -0.0 to +0.1)"
+    )
+    page = "".join(card_html(card(target=found)))
+    assert "best of the baselines" in page
+    assert "On its task: <b>no evidence</b>" in sentence(card(target=found))
+    better = part.model_copy(update={"baselines": {"copy_prompt": beside["copy_prompt"]}})
+    assert "On its task: <b>better</b>" in sentence(card(target=better))
+    assert "the adapter is better (+40.7, +40.7 to +40.8)" in baseline_line(better)
+
+
 def made(place: Path, note: Adapter, *, rate: float = 1e-3, judged: ScoreCard | None = None, log: int = 30) -> Path:
     """A run directory: recipe, log, adapter with its card, predictions."""
     place.mkdir()
@@ -129,7 +149,8 @@ def test_what_was_written_elsewhere_is_escaped(run: Path) -> None:
 def test_the_score_card_is_told(run: Path) -> None:
     text = page_of(run)
     for said in (
-        "On its task: <b>better</b> (bleu 8.0 → 60.7 points)", "on general text: <b>worse</b> (nats 3.000 → 3.280",
+        "Better on the target: bleu 8.0 → 60.7 points", "worse in general: general.nats 3.000 → 3.280 nats",
+        "not surely within the +0.05 nats/token that the gate allows", '<td class=n>-10 points</td>',
         "33.3", "+52.7 (", "7.5%", "on rows it never saw 2.5%", "target.bleu by kind (2 values)",
         "0 is the bare base", "postil judge &lt;script&gt;",
     ):  # fmt: skip

@@ -18,8 +18,9 @@ from postil.base.quantise import quantise_model
 from postil.data import Sample, pack
 from postil.errors import RunError
 from postil.training import TrainOptions, train
-from postil.training.general import kl_gradients
-from postil.training.loop import AdapterWeights, FullWeights, _gradients, _risen
+from postil.training.holding import BaseStates, kl_gradients
+from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.step import _risen, gradients
 
 TARGETS = 4096
 METHODS = ("lora", "qlora", "full")
@@ -56,7 +57,7 @@ Step = Callable[[AdaptedModel, Any, Any, TrainOptions], float]
 
 
 def learning(model: AdaptedModel, weights: Any, resident: Any, options: TrainOptions) -> float:
-    return _gradients(model, weights, resident, [pack(rows())], options, 1)[0]
+    return gradients(model, weights, resident, [pack(rows())], options, 1)[0]
 
 
 def holding(model: AdaptedModel, weights: Any, resident: Any, options: TrainOptions) -> float:
@@ -65,7 +66,7 @@ def holding(model: AdaptedModel, weights: Any, resident: Any, options: TrainOpti
     if resident is None:
         weights.flat.add_(torch.randn(weights.flat.shape, generator=torch.Generator().manual_seed(2)), alpha=1e-2)
         weights.publish()
-    mean = kl_gradients(model, weights, resident, rows(), options, 1, bare)
+    mean = kl_gradients(model, weights, resident, {"prose": rows()}, options, 1, BaseStates(bare))["prose"]
     weights.grad.sub_(1e-3)
     return mean
 
@@ -102,7 +103,7 @@ def test_gradients_beyond_float16_are_scaled_down_and_learned(tmp_path: Path) ->
     model = model_in(torch.float16, first=LARGE)
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
-    _gradients(model, weights, resident, [pack(rows())], TrainOptions(), 1)
+    gradients(model, weights, resident, [pack(rows())], TrainOptions(), 1)
     assert not weights.grad.isfinite().all()  # as the sum is
     resident.train(False)
     (got,) = one_step(model, tmp_path)

@@ -17,8 +17,10 @@ from postil.data import Sample
 from postil.errors import RecipeError
 from postil.kernels.layout import Layout, Span, Spans, positions_of
 from postil.training import train
-from postil.training.general import General, kl_gradients, split_general
-from postil.training.loop import AdapterWeights, FullWeights, _gradients, _steps
+from postil.training.general import Documents, General, split_general
+from postil.training.holding import BaseStates, kl_gradients
+from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.step import gradients, steps_of
 
 
 def base(context: int | None = None, end: int | None = None) -> SimpleNamespace:
@@ -72,7 +74,7 @@ def test_a_base_with_a_short_context_is_watched_in_short_windows() -> None:
 
 def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     pieces = [document(1, 60), document(1, 40, 60), document(2, 50)]
-    general = split_general(pieces, options_of(), base(end=99))
+    general = split_general(pieces, options_of(general_tokens=128), base(end=99))
     (whole,) = next(part for part in (general.watched, general.held) if len(part[0].ids) == 100)
     assert whole.ids.tolist() == list(range(100))
     assert whole.weights[99] == 0  # the end of sequence
@@ -83,7 +85,7 @@ def test_pieces_of_one_row_stay_together_and_its_end_has_no_loss() -> None:
     ("documents", "options", "said"),
     [
         ([document(1, 1)], {}, "no document of two tokens or more to watch"),
-        ([document(1, 90)], {"kl_weight": 1.0}, r"has 1 document\(s\), and half of them are watched"),
+        ([document(1, 90)], {"kl_weight": 1.0}, "there is 1 general document, and some must be watched"),
     ],
 )
 def test_too_little_text(documents: list[Sample], options: dict[str, float], said: str) -> None:
@@ -93,8 +95,40 @@ def test_too_little_text(documents: list[Sample], options: dict[str, float], sai
 
 def test_options_that_need_text_say_so(model: AdaptedModel, samples: list[Sample]) -> None:
     for name in ("guard", "kl_weight", "general_share"):
-        with pytest.raises(RecipeError, match=rf"training.{name} needs general text: name a file .* --general"):
+        with pytest.raises(RecipeError, match=rf"training.{name} needs general rows: give general="):
             train(model, samples, **{name: 0.5})
+
+
+def test_conversations_are_parted_and_stay_whole() -> None:
+    chats = [document(row, 20 + row, 1000 * row) for row in range(1, 12)]
+    given = Documents(prose=[document(1, 90), document(2, 90)], chat=chats)
+    general = split_general(given, options_of(watch_windows=1), base())
+    assert general.documents == 13
+    assert len(general.chat_watched) == 3  # a quarter
+    assert len(general.chat_held) == 8
+    starts = [int(one.ids[0]) for one in (*general.chat_watched, *general.chat_held)]
+    assert len(set(starts)) == 11
+    many = Documents(chat=[document(row, 20, 1000 * row) for row in range(1, 40)])
+    assert len(split_general(many, options_of(watch_windows=1), base()).chat_watched) == 4  # for each window
+    whole = {int(one.ids[0]): len(one.ids) for one in chats}
+    assert all(len(one.ids) == whole[int(one.ids[0])] and one.row == 0 for one in general.chat_held)
+    alone = split_general(Documents(chat=chats), options_of(kl_weight=1.0), base())
+    assert alone.watched == alone.held == ()
+    assert set(alone.compared(options_of(kl_weight=1.0), 1)) == {"chat"}
+
+
+def test_mixed_rows_are_of_both_kinds_by_turns() -> None:
+    chats = [document(row, 20, 1000 * row) for row in range(1, 12)]
+    given = Documents(prose=[document(1, 90, 100_000), document(2, 90, 200_000)], chat=chats)
+    for share, counts in ((0.125, [(0, 1), (1, 0)]), (0.375, [(1, 2), (2, 1)]), (0.5, [(2, 2), (2, 2)])):
+        options = options_of(general_share=share, general_tokens=10)
+        general = split_general(given, options, base())
+        found = []
+        for step in (1, 2):
+            rows = general.mixed(options, step)
+            prose = sum(int(row.ids[0]) >= 100_000 for row in rows)
+            found.append((prose, len(rows) - prose))
+        assert found == counts
 
 
 # The draw
@@ -105,24 +139,26 @@ def test_every_window_comes_once_before_any_comes_again() -> None:
     general = split_general([document(1, 200), document(2, 100)], options, base())
     count = len(general.held)
     assert count % 3  # the border between two rounds lies within a step
-    drawn = [int(window.ids[0]) for step in range(1, count + 1) for window in general.compared(options, step)]
+    drawn = [
+        int(window.ids[0]) for step in range(1, count + 1) for window in general.compared(options, step)["prose"]
+    ]
     rounds = [drawn[start : start + count] for start in range(0, 3 * count, count)]
     assert all(Counter(part) == Counter(rounds[0]) and len(set(part)) == count for part in rounds)
     assert all(one != other for one, other in pairwise(rounds))
-    assert [int(window.ids[0]) for window in general.compared(options, 2)] == drawn[3:6]
+    assert [int(window.ids[0]) for window in general.compared(options, 2)["prose"]] == drawn[3:6]
 
 
 def test_general_rows_join_every_step_and_no_row_of_the_data_is_lost() -> None:
     samples, options = tiny_samples(), options_of(general_share=0.3, accumulation=2, general_tokens=16)
     general = split_general(tiny_documents(), options, base())
-    steps = list(_steps(samples, options, 0, 6, general))
+    steps = list(steps_of(samples, options, 0, 6, general))
     rows = [[row for pack in packs for row in pack.rows] for _, packs in steps]
     assert [step.count(0) for step in rows] == [2] * 6  # 0.3 of 8 rows
     own = sorted(row for step in rows[:3] for row in step if row)
     assert own == sorted(sample.row for sample in samples)
-    (_, resumed), *_ = _steps(samples, options, 4, 6, general)
+    (_, resumed), *_ = steps_of(samples, options, 4, 6, general)
     assert [pack.ids.tolist() for pack in resumed] == [pack.ids.tolist() for pack in steps[4][1]]
-    assert not any(row == 0 for _, packs in _steps(samples, options, 0, 6) for pack in packs for row in pack.rows)
+    assert not any(row == 0 for _, packs in steps_of(samples, options, 0, 6) for pack in packs for row in pack.rows)
 
 
 # The gradient
@@ -143,10 +179,12 @@ def test_kl_is_divided_by_its_own_tokens_and_any_split_gives_the_same(accumulati
     weights, resident = trained(model), model.resident("default")
     options = options_of(kl_weight=0.5, kl_rows=5, general_tokens=12, accumulation=accumulation)
     general = split_general(tiny_documents(), options, model.base)
-    mean = kl_gradients(model, weights, resident, general.compared(options, 1), options, 1, nullcontext)
+    (mean,) = kl_gradients(
+        model, weights, resident, general.compared(options, 1), options, 1, BaseStates(nullcontext)
+    ).values()
     got = weights.grad.clone()
     weights.grad.zero_()
-    rows = general.compared(options, 1)
+    rows = general.compared(options, 1)["prose"]
     ids = torch.from_numpy(np.concatenate([window.ids for window in rows])).long()
     layout = Layout.packed([12] * 5, Spans((Span(0, 60, resident.slot),)))
     targets = torch.cat([torch.arange(11) + 12 * index for index in range(5)])
@@ -163,19 +201,19 @@ def test_kl_is_divided_by_its_own_tokens_and_any_split_gives_the_same(accumulati
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_a_step_with_everything_on_does_not_depend_on_the_split(accumulation: int) -> None:
-    gradients = []
+    found = []
     for count in (1, accumulation):
         model = tiny_model()
-        attach(model, LoraConfig(r=4), seed=1)
+        attach(model, LoraConfig(r=4, dropout=0.3), seed=1)
         weights, resident = trained(model), model.resident("default")
         options = options_of(accumulation=count, kl_weight=0.5, general_share=0.5, general_tokens=12)
         general = split_general(tiny_documents(), options, model.base)
-        _, packs = next(_steps(tiny_samples(), options, 0, 1, general))
+        _, packs = next(steps_of(tiny_samples(), options, 0, 1, general))
         assert len(packs) == count
-        _gradients(model, weights, resident, packs, options, 1)
-        kl_gradients(model, weights, resident, general.compared(options, 1), options, 1, nullcontext)
-        gradients.append(weights.grad.clone())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+        gradients(model, weights, resident, packs, options, 1)
+        kl_gradients(model, weights, resident, general.compared(options, 1), options, 1, BaseStates(nullcontext))
+        found.append(weights.grad.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
 def test_full_fine_tuning_is_held_to_the_weights_it_began_with() -> None:
@@ -184,18 +222,74 @@ def test_full_fine_tuning_is_held_to_the_weights_it_began_with() -> None:
     bare = weights.origin()
     options = options_of(method="full", kl_weight=1.0, general_tokens=12)
     rows = split_general(tiny_documents(), options, model.base).compared(options, 1)
-    assert kl_gradients(model, weights, None, rows, options, 1, bare) == pytest.approx(0, abs=1e-6)
+    assert kl_gradients(model, weights, None, rows, options, 1, BaseStates(bare)) == {
+        "prose": pytest.approx(0, abs=1e-6)
+    }
     assert weights.grad.abs().max() < 1e-5
     began = weights.flat.clone()
     weights.flat.add_(torch.randn(began.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     weights.publish()
     moved = [parameter.detach().clone() for parameter in model.model.parameters()]
-    far = kl_gradients(model, weights, None, rows, options, 1, bare)
+    far = kl_gradients(model, weights, None, rows, options, 1, BaseStates(bare))["prose"]
     assert far > 0.01
     assert all(torch.equal(one, other) for one, other in zip(moved, model.model.parameters(), strict=True))
     weights.flat.sub_(weights.grad, alpha=0.01 / float(weights.grad.norm()))
     weights.publish()
-    assert kl_gradients(model, weights, None, rows, options, 1, bare) < far
+    assert kl_gradients(model, weights, None, rows, options, 1, BaseStates(bare))["prose"] < far
+
+
+def test_every_compared_token_weighs_the_same_whatever_its_kind() -> None:
+    grads, means = {}, {}
+    for kinds in (("prose",), ("chat",), ("prose", "chat")):
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        weights, resident = trained(model), model.resident("default")
+        options = options_of(kl_weight=0.5, kl_rows=2, general_tokens=12)
+        given = Documents(prose=tiny_documents(), chat=tiny_samples())
+        drawn = split_general(given, options, model.base).compared(options, 1)
+        rows = {kind: drawn[kind] for kind in kinds}
+        tokens = {kind: sum(row.target_tokens for row in drawn[kind]) for kind in drawn}
+        means[kinds] = kl_gradients(model, weights, resident, rows, options, 1, BaseStates(nullcontext))
+        grads[kinds] = weights.grad.clone()
+    assert means["prose", "chat"] == pytest.approx(means["prose",] | means["chat",], rel=1e-4)
+    assert tokens["prose"] != tokens["chat"]
+    both = tokens["prose"] * grads["prose",] + tokens["chat"] * grads["chat",]
+    torch.testing.assert_close(grads["prose", "chat"], both / sum(tokens.values()), rtol=1e-3, atol=1e-6)
+
+
+def test_the_bases_states_are_computed_once_alone_and_only_while_there_is_room() -> None:
+    model = tiny_model()
+    attach(model, LoraConfig(r=4), seed=1)
+    trained(model)
+    one, other = tiny_documents()[:2]
+    states = BaseStates(nullcontext, room=one.target_tokens * 32 * 4)
+    first = states.of(model, one)
+    with torch.no_grad(), model.using(Layout.packed([len(one.ids)])):
+        plain = model.hidden(torch.from_numpy(one.ids).long(), positions_of([len(one.ids)]))
+    torch.testing.assert_close(first, plain[np.flatnonzero(one.weights) - 1])
+    assert states.of(model, one) is first
+    assert states.of(model, other) is not states.of(model, other)  # no room is left
+    assert torch.equal(states.of(model, other), states.of(model, other))
+    assert states.of(model, one) is first
+
+
+def test_rows_that_begin_alike_are_held_to_as_if_they_did_not() -> None:
+    """Under dropout the beginnings are not shared: with a dropout of next to nothing both ways must agree."""
+    begin = np.arange(1, 25, dtype=np.int32)
+    rows = []
+    for n in range(4):
+        ids = np.concatenate([begin, np.arange(30 + n, 40 + n, dtype=np.int32)])
+        rows.append(Sample(ids, (np.arange(34) >= 27).astype(np.float32), 0))
+    grads = []
+    for dropout in (0.0, 1e-9):
+        model = tiny_model()
+        attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
+        weights, resident = trained(model), model.resident("default")
+        options = options_of(kl_weight=0.5)
+        kl_gradients(model, weights, resident, {"chat": rows}, options, 1, BaseStates(nullcontext))
+        grads.append(weights.grad.clone())
+    assert grads[0].abs().max() > 1e-4
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
 
 
 # Runs
@@ -225,13 +319,17 @@ def test_kl_weight_and_general_rows_keep_the_base_nearer() -> None:
 
 
 def test_what_is_done_with_the_text_is_said() -> None:
-    general = General((document(1, 4),), (), 6)
+    general = General((document(1, 4),), (document(2, 4),), 6)
     watched, *steps = general.lines(options_of(guard=0.05, kl_weight=0.5, general_share=0.25))
     assert watched == (
-        "general text: 6 documents; 3 tokens watched at each validation; "
+        "general ability: 6 documents; 3 tokens of prose watched at each validation; "
         "no state more than 0.05 nats above the base is kept"
     )
     assert steps == [
-        "each step: 0.5 × KL to the base over 2 general rows of 128 tokens",
-        "each step: 2 general rows of 128 tokens among its rows",
+        "each step: 0.5 × KL to the base over general rows, 2 of prose (64 tokens)",
+        "each step: 2 general rows among its rows",
     ]
+    both = General((document(1, 4),), (document(2, 4),), 6, (document(3, 9),), (document(4, 9),))
+    watched, step = both.lines(options_of(kl_weight=0.5))
+    assert "3 tokens of prose and 8 tokens of chat watched" in watched
+    assert step == "each step: 0.5 × KL to the base over general rows, 2 of prose (64 tokens) and 2 of chat"

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_documents, tiny_model, tiny_samples
@@ -23,10 +25,11 @@ from postil.kernels.layout import Layout
 from postil.training import TrainOptions, train
 from postil.training.batch import to_device
 from postil.training.checkpoint import Progress
-from postil.training.general import split_general
-from postil.training.guard import Gauge, Guarded, keep
-from postil.training.loop import Outcome, run, validate
+from postil.training.general import Documents, split_general
+from postil.training.guard import Gauge, Gauges, Guarded, keep
+from postil.training.loop import Outcome, run
 from postil.training.optimizer import AdapterWeights, FullWeights
+from postil.training.validation import validate
 
 GUARD = 0.05
 HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1, "patience": 0}
@@ -283,3 +286,32 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best() -> None:
         keep(progress, weights, TrainOptions(), loss, None)
     assert (progress.best_step, progress.best_loss, progress.since_best) == (2, 2.0, 2)
     assert progress.free_loss == 2.0
+
+
+# Both kinds
+
+
+def test_the_guard_looks_at_the_kind_that_suffers_more() -> None:
+    model = fresh()
+    resident = model.resident("default")
+    resident.flat.add_(torch.randn(resident.flat.shape, generator=torch.Generator().manual_seed(2)) * 0.2)
+    chat = [
+        replace(one, weights=np.where(np.arange(20) < 9, 0, one.weights).astype(np.float32))
+        for one in tiny_documents(9, 20)
+    ]
+    general = split_general(Documents(prose=tiny_documents(), chat=chat), TrainOptions(), model.base)
+    gauges = Gauges.of(model, general, 4096, nullcontext)
+    found = gauges.measure(model, resident)
+    apart = {
+        kind: Gauge.of(model, rows, 4096, nullcontext).measure(model, resident)
+        for kind, rows in (("prose", general.watched), ("chat", general.chat_watched))
+    }
+    assert found["prose_rise"] == pytest.approx(apart["prose"]["general_rise"])
+    assert found["chat_rise"] == pytest.approx(apart["chat"]["general_rise"])
+    assert found["chat_nats"] == pytest.approx(apart["chat"]["general_nats"])
+    assert found["chat_kl"] == pytest.approx(apart["chat"]["general_kl"])
+    assert found["prose_rise"] != pytest.approx(found["chat_rise"])
+    assert found["general_rise"] == max(found["prose_rise"], found["chat_rise"])
+    assert found["general_nats"] == pytest.approx(apart["prose"]["general_nats"])
+    alone = Gauges.of(model, split_general(Documents(chat=chat), TrainOptions(), model.base), 4096, nullcontext)
+    assert alone.measure(model, resident)["general_rise"] == pytest.approx(found["chat_rise"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +27,13 @@ from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
+from postil.training.batch import to_device
 from postil.training.general import split_general
-from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
-from postil.training.optimizer import rate_at
+from postil.training.holding import BaseStates, kl_gradients
+from postil.training.loop import run
+from postil.training.optimizer import AdapterWeights, rate_at
+from postil.training.step import gradients, steps_of
+from postil.training.validation import validate
 
 
 def adapter_bytes(model: AdaptedModel) -> bytes:
@@ -44,21 +49,64 @@ def test_training_lowers_the_loss_and_leaves_the_base(model: AdaptedModel, sampl
     assert live_digest(detach(model).model) == before
 
 
+DROPPING = LoraConfig(r=4, dropout=0.3, target_modules=("q_proj", "k_proj", "down_proj", "lm_head"))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4), DROPPING])
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_gives_the_same_gradient(accumulation: int, samples: list[Sample]) -> None:
-    gradients = []
+def test_accumulation_gives_the_same_gradient(accumulation: int, config: LoraConfig, samples: list[Sample]) -> None:
+    found = []
     for count in (1, accumulation):
         model = tiny_model()
-        attach(model, LoraConfig(r=4), seed=1)
+        attach(model, config, seed=1)
         resident = model.resident("default")
         weights = AdapterWeights.of(resident)
         options = options_of(accumulation=count)
-        _, packs = next(_steps(samples, options, 0, 1))
+        _, packs = next(steps_of(samples, options, 0, 1))
         assert len(packs) == count
-        _gradients(model, weights, resident, packs, options, 1)
-        gradients.append(weights.grad.clone())
-    assert gradients[0].abs().max() > 0
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+        gradients(model, weights, resident, packs, options, 1)
+        found.append(weights.grad.clone())
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
+def test_one_sequence_at_a_time_has_the_masks_of_the_pack(samples: list[Sample]) -> None:
+    """As for architectures that cannot be packed."""
+    found = []
+    for packs_well in (True, False):
+        model = tiny_model()
+        attach(model, DROPPING, seed=1)
+        model.packs = packs_well
+        weights, options = AdapterWeights.of(model.resident("default")), options_of(batch_size=8)
+        _, packs = next(steps_of(samples, options, 0, 1))
+        gradients(model, weights, model.resident("default"), packs, options, 1)
+        found.append(weights.grad.clone())
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: list[Sample]) -> None:
+    """The same rows and the same weights at two steps: the gradient is another where there is dropout, and only
+    there; so is that of the text compared with the base."""
+    model = tiny_model()
+    attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
+    resident = model.resident("default")
+    weights, options = AdapterWeights.of(resident), options_of(kl_weight=1.0)
+    resident.flat.add_(torch.randn(resident.flat.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    _, packs = next(steps_of(samples, options, 0, 1))
+    found = []
+    for step in (1, 2, 1):
+        weights.grad.zero_()
+        if held:
+            kl_gradients(model, weights, resident, {"prose": samples[:8]}, options, step, BaseStates(nullcontext))
+        else:
+            gradients(model, weights, resident, packs, options, step)
+        found.append(weights.grad.clone())
+    assert found[0].abs().max() > 0
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[1]) == (not dropout)
 
 
 def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:
@@ -67,8 +115,8 @@ def test_packed_gives_the_gradient_of_each_alone(samples: list[Sample]) -> None:
     resident = model.resident("default")
     weights = AdapterWeights.of(resident)
     options = options_of()
-    _, (pack,) = next(_steps(samples, options, 0, 1))
-    _gradients(model, weights, resident, [pack], options, 1)
+    _, (pack,) = next(steps_of(samples, options, 0, 1))
+    gradients(model, weights, resident, [pack], options, 1)
     packed = weights.grad.clone()
     weights.grad.zero_()
     ids, positions, share = to_device(pack, model)
@@ -195,7 +243,7 @@ def test_packing_keeps_its_number_as_long_as_steps_hold_the_same() -> None:
     options = options_of(batch_size=5, accumulation=2, pack_tokens=24, general_share=0.4, general_tokens=12)
     general = split_general(tiny_samples(9, seed=2), options, tiny_model().base)
     digest = hashlib.sha256()
-    for step, packs in _steps(tiny_samples(), options, 0, 10, general):
+    for step, packs in steps_of(tiny_samples(), options, 0, 10, general):
         for each in packs:
             digest.update(repr((step, each.rows, each.lengths)).encode() + each.ids.tobytes())
     assert (PACKING, digest.hexdigest()[:16]) == (1, "f5f4db94c5641d60")  # other steps: raise PACKING

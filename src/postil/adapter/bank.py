@@ -31,8 +31,9 @@ class EmbeddingSlot:
 class Resident:
     """An adapter inside a model.
 
-    flat: float32 [n], all its numbers; leaves: the views that autograd sees, by name; keys: PEFT key → view.
-    groups, embeddings, saved: the same leaves as the model's modules need them. card: what is known of how it came
+    slot: a number of its own, which never comes again in that model, even after `remove`. flat: float32 [n], all its
+    numbers; leaves: the views that autograd sees, by name; keys: PEFT key → view. groups, embeddings, saved: the same
+    leaves as the model's modules need them. card: what is known of how it came
     to be, as in an Adapter; training begins it anew.
     """
 

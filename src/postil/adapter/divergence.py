@@ -27,14 +27,16 @@ def kl_to_base(
     rows: Int[torch.Tensor, " n"],
     *,
     bare: Bare = nullcontext,
+    base: Float[torch.Tensor, "n d"] | None = None,
 ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, " n"]]:
     """(sum of KL(base||adapted) over the given rows of a pack, KL per row) in nats, inside `model.using`.
 
     rows: int64, ascending; the distribution over the token after each of them is compared. The base is the
-    model in no span, run first and without gradient (a forward pass more); the first result is differentiable
-    in the adapters that are trained, the second is not.
+    model in no span, run first and without gradient (a forward pass more, unless its states on these rows are given
+    as `base`); the first result is differentiable in the adapters that are trained, the second is not.
     """
-    base = base_states(model, ids, positions, rows, bare=bare)
+    if base is None:
+        base = base_states(model, ids, positions, rows, bare=bare)
     states = model.hidden(ids, positions).index_select(0, rows)
     return kl_divergence(base, states, base_head(model, bare), model.head_on(rows), model.head_parameters())
 
@@ -51,7 +53,7 @@ def base_states(
     """Hidden states of the base alone on these rows, whatever the spans of the Layout in force."""
     if model.layout is None or model.layout.store is not None:
         raise InternalError("base_states() needs a Layout in force, and one without a key-value store")
-    with bare(), model.again(replace(model.layout, spans=Spans()), None):
+    with bare(), model.under(replace(model.layout, spans=Spans()), None):
         return model.hidden(ids, positions).index_select(0, rows)
 
 

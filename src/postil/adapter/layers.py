@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from postil.errors import BaseModelError, InternalError
+from postil.errors import AdapterError, BaseModelError, InternalError
 from postil.kernels.attention import attention
 
 if TYPE_CHECKING:
@@ -80,44 +80,68 @@ def our_attention(modules: list[nn.Module]) -> Iterator[None]:
             config._attn_implementation = before[key]
 
 
-def wrapped_layer(owner: AdaptedModel, original: Callable[..., Any]) -> Callable[..., Any]:
+def owned(
+    run: Callable[..., Any], owner: AdaptedModel, original: Callable[..., Any], *rest: Any
+) -> Callable[..., Any]:
+    """`run(owner, original, *rest, …)` in the place of a module's forward, with its signature.
+
+    No closure: whoever copies or pickles the module comes upon its owner, which refuses; the layers of a copy would
+    compute with those of the original.
+    """
+    return functools.update_wrapper(functools.partial(run, owner, original, *rest), original)
+
+
+def layer_forward(owner: AdaptedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A decoder layer's forward with recomputation in the backward pass where the model asks for it.
 
-    The recomputation runs with the Layout of the forward pass, whatever is in force by then.
+    The recomputation runs with the Layout of the forward pass, whatever is in force by then, and raises AdapterError
+    where values of its adapters were written to since.
     """
+    if not (owner.checkpointing and torch.is_grad_enabled() and owner.layout is not None):
+        return original(*args, **kwargs)
+    layout, spans = owner.layout, owner.spans_now
+    versions = owner.versions(layout.spans)
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not (owner.checkpointing and torch.is_grad_enabled() and owner.layout is not None):
-            return original(*args, **kwargs)
-        layout, spans = owner.layout, owner.spans_now
+    def run(*inner: Any, **named: Any) -> Any:
+        with owner.under(layout, spans):
+            if owner.versions(layout.spans) != versions:
+                raise AdapterError(
+                    "an adapter was written to after the forward pass, which cannot be recomputed; go backward first"
+                )
+            return original(*inner, **named)
 
-        def run(*inner: Any, **named: Any) -> Any:
-            with owner.again(layout, spans):
-                return original(*inner, **named)
-
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return forward
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def per_sequence_rotary(owner: AdaptedModel, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+def rotary_forward(
+    owner: AdaptedModel,
+    original: Callable[..., Any],
+    module: nn.Module,
+    x: torch.Tensor,
+    position_ids: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """A rotary embedding whose frequencies depend on the length: each sequence of a pack by its own length."""
+    if owner.layout is None:
+        return original(x, position_ids, *args, **kwargs)
+    parts = []
+    for segment in owner.layout.segments:
+        if hasattr(module, "max_seq_len_cached"):
+            setattr(module, "max_seq_len_cached", 0)  # noqa: B010 - no frequencies left over from another sequence
+        rows = slice(segment.q0, segment.q1)
+        parts.append(original(x[:, rows], position_ids[:, rows], *args, **kwargs))
+    cos, sin = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    return cos, sin
 
-    @functools.wraps(original)
-    def forward(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if owner.layout is None:
-            return original(x, position_ids, *args, **kwargs)
-        parts = []
-        for segment in owner.layout.segments:
-            if hasattr(module, "max_seq_len_cached"):
-                setattr(module, "max_seq_len_cached", 0)  # noqa: B010 - no frequencies left over from another sequence
-            rows = slice(segment.q0, segment.q1)
-            parts.append(original(x[:, rows], position_ids[:, rows], *args, **kwargs))
-        cos, sin = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        return cos, sin
 
-    return forward
+def plain_forward(owner: AdaptedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A plain call in its turn; it leaves no activation behind, even where it fails or uses part of a group."""
+    with owner.turn:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            owner.forget()
 
 
 def length_dependent_rotaries(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from postil.base import Nf4Linear
 from postil.errors import InternalError
 from postil.kernels.adapted_linear import Group, Projection, adapted_linear
 from postil.kernels.dense import matmul, matmul_t, multiplies
-from postil.kernels.layout import Spans
+from postil.kernels.layout import Span, Spans
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 SpansOf = Callable[[int], Spans]  # number of rows → the spans in force
@@ -39,10 +39,6 @@ class DenseProjection:
     def bias(self) -> torch.Tensor | None:
         bias = self.module.bias
         return bias if isinstance(bias, torch.Tensor) else None
-
-    @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[1 if self.conv1d else 0])
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b."""
@@ -163,7 +159,7 @@ class ReplacedModule:
     _inside: bool = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The module's output, each span's rows from that adapter's own parameters."""
+        """The module's output, each span's rows from that adapter's own parameters, at the span's weight."""
         if self._inside:
             return self.own(x, *args, **kwargs)
         lead = x.shape if isinstance(self.module, nn.Embedding) else x.shape[:-1]
@@ -171,26 +167,32 @@ class ReplacedModule:
         rows = lead.numel() if tokens is None else tokens
         spans = [item for item in self.spans_of(rows).items if item.slot in self.slots]
         if len(spans) == 1 and (spans[0].start, spans[0].end) == (0, rows):
-            return self._with(self.slots[spans[0].slot], x, *args, **kwargs)
+            return self._with(spans[0], x, *args, **kwargs)
         y = self.original(x, *args, **kwargs)
         if not spans:
             return y
         axis = 0 if tokens is None else _token_axis(x, len(lead), tokens)
         inputs, out = x.movedim(axis, 0), y.movedim(axis, 0)
         for span in spans:
-            part = self._with(self.slots[span.slot], inputs[span.start : span.end], *args, **kwargs)
+            part = self._with(span, inputs[span.start : span.end], *args, **kwargs)
             out = torch.cat([out[: span.start], part, out[span.end :]])
         return out.movedim(0, axis)
 
-    def _with(self, parameters: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _with(self, span: Span, *args: Any, **kwargs: Any) -> torch.Tensor:
         own = dict(self.module.named_parameters())
-        cast = {key: value.to(own[key].dtype) for key, value in parameters.items()}
+        mine = {key: between(own[key], value, span.scale) for key, value in self.slots[span.slot].items()}
+        cast = {key: value.to(own[key].dtype) for key, value in mine.items()}
         self._inside = True
         try:
             result: torch.Tensor = torch.func.functional_call(self.module, cast, args, kwargs)
         finally:
             self._inside = False
         return result
+
+
+def between(own: torch.Tensor, saved: torch.Tensor, weight: float) -> torch.Tensor:
+    """W + w (W' - W) in the dtype of W', a parameter that an adapter replaces whole; exactly W' at 1 and W at 0."""
+    return saved if weight == 1 else torch.lerp(own.to(saved.dtype), saved, weight)
 
 
 def _token_axis(x: torch.Tensor, lead: int, tokens: int) -> int:

@@ -3,48 +3,37 @@
 from __future__ import annotations
 
 import copy
-import functools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from postil.adapter.adapter import Adapter
-from postil.adapter.bank import Resident, fill, initialise, make_resident
+from postil.adapter.bank import Resident
 from postil.adapter.config import LoraConfig
 from postil.adapter.layers import (
     OWNER,
     attention_modules,
+    layer_forward,
     length_dependent_rotaries,
     our_attention,
-    per_sequence_rotary,
-    wrapped_layer,
+    owned,
+    plain_forward,
+    rotary_forward,
 )
-from postil.adapter.linear import (
-    AdaptedEmbedding,
-    ReplacedModule,
-    SharedInput,
-    groups_of,
-    projection_of,
-    slow_projections,
-)
-from postil.adapter.targets import (
-    Coverage,
-    Target,
-    coverage_of,
-    find_targets,
-    inner_model,
-    output_head,
-    saved_paths,
-)
+from postil.adapter.linear import slow_projections
+from postil.adapter.residents import resident_of
+from postil.adapter.targets import Coverage, coverage_of, inner_model, output_head
+from postil.adapter.turn import Turn
+from postil.adapter.wiring import Wiring
 from postil.base import Base, decoder_layers
 from postil.errors import AdapterError, InternalError, listed, nearest
-from postil.kernels.adapted_linear import Group
 from postil.kernels.layout import Layout, Span, Spans
 from postil.kernels.loss import cross_entropy
 from postil.kernels.loss.reference import Head
@@ -56,7 +45,8 @@ class AdaptedModel:
     Inside `using(layout)` the model runs over a flat batch with the layout's spans; outside it, a plain
     forward call of the transformers model uses the active adapters on every row. `packs`: whether sequences run
     packed, or one at a time through transformers' own attention. `notes`: what the last `attach` has to say
-    about the adapter's fit, in sentences for the user.
+    about the adapter's fit, in sentences for the user. `turn`: what runs the model or changes its adapters holds it,
+    so threads come one after another; `active` is the model's, not a thread's.
     """
 
     def __init__(self, base: Base) -> None:
@@ -66,6 +56,7 @@ class AdaptedModel:
         self.decoder = inner_model(self.model)
         self.residents: dict[str, Resident] = {}
         self.active: dict[str, float] = {}
+        self.turn = Turn()
         self.layout: Layout | None = None
         self.spans_now: Spans | None = None
         self.checkpointing = False
@@ -75,176 +66,92 @@ class AdaptedModel:
         self.detached = False
         self.merged: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self.active_before_merge: dict[str, float] = {}
-        self._shared: dict[str, SharedInput] = {}
-        self._group_of: dict[str, str] = {}
-        self._embeddings: dict[str, AdaptedEmbedding] = {}
-        self._replaced: dict[str, ReplacedModule] = {}
-        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._given_slots = 0
+        self._wiring = Wiring(self.model, self.spans_in_force, self.tokens_in_force)
         self._attention = attention_modules(self.model)
         for module in self._attention:
             module.__dict__[OWNER] = self
         for module, projection in slow_projections(self.model):
-            self._stand_in(module, projection.matmul)
+            self._wiring.stand_in(module, projection.matmul)
         for layer in decoder_layers(self.model)[1]:
-            self._stand_in(layer, wrapped_layer(self, layer.forward))
+            self._wiring.stand_in(layer, owned(layer_forward, self, layer.forward))
         for rotary in length_dependent_rotaries(self.model):
-            self._stand_in(rotary, per_sequence_rotary(self, rotary, rotary.forward))
-        self._stand_in(self.model, self._forgetting(self.model.forward))
+            self._wiring.stand_in(rotary, owned(rotary_forward, self, rotary.forward, rotary))
+        self._wiring.stand_in(self.model, owned(plain_forward, self, self.model.forward))
 
-    # -- modules ------------------------------------------------------------------------------------------
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise AdapterError(
+            "a model with adapters attached cannot be copied or pickled: save the adapter (save_adapter), detach, "
+            "copy the base, and attach the adapter to the copy"
+        )
 
-    def _stand_in(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._forwards.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+    def forget(self) -> None:
+        """Let go of activations that modules keep for each other within a pass."""
+        self._wiring.forget()
 
-    def _stand_within(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """As `_stand_in`, but a replacement of the whole module stays outermost."""
-        if path in self._replaced:
-            self._replaced[path].original = forward
-        else:
-            self._stand_in(module, forward)
-
-    def _forgetting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A plain call that leaves no activation behind, even where it fails or uses a part of a group."""
-
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._forget()
-
-        return forward
-
-    def _forget(self) -> None:
-        for shared in self._shared.values():
-            shared.forget()
-
-    def _own_forward(self, module: nn.Module) -> Callable[..., Any]:
-        """The module's forward from before `attach`."""
-        for other, before in self._forwards:
-            if other is module:
-                return before or partial(type(module).forward, module)
-        return module.forward
+    def versions(self, spans: Spans) -> dict[int, int]:
+        """How often the values of the adapters of these spans were written to, by slot (inference tensors count
+        nothing)."""
+        slots = {item.slot for item in spans.items}
+        found = [resident for resident in self.residents.values() if resident.slot in slots]
+        return {one.slot: 0 if one.flat.is_inference() else one.flat._version for one in found}
 
     def take_off(self) -> None:
         """Give every module its own forward back; the base is as it was before `attach`."""
-        for module, before in reversed(self._forwards):
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
+        self._wiring.take_off()
         for module in self._attention:
             module.__dict__.pop(OWNER, None)
         self.detached = True
         self.layout = self.spans_now = None
         self.checkpointing, self.packs, self.attention_calls = False, True, Counter()
-        self.merged.clear()
-        self.active_before_merge.clear()
-        self._forwards.clear()
-        self._group_of.clear()
-        self._shared.clear()
-        self._embeddings.clear()
-        self._replaced.clear()
-        self.residents.clear()
-        self.active.clear()
+        for kept in (self.merged, self.active_before_merge, self.residents, self.active):
+            kept.clear()
 
     def check_attached(self) -> None:
         """Raise AdapterError when the model was taken off its base."""
         if self.detached:
             raise AdapterError("this AdaptedModel is detached from its base; attach an adapter to the base again")
 
-    def _wire_groups(self, targets: Sequence[Target]) -> dict[str, tuple[str, ...]]:
-        """Make the groups that the targets lie in, once each; returns group name → member paths."""
-        grouping: dict[str, tuple[str, ...]] = {}
-        for target in targets:
-            if target.kind == "embedding":
-                if target.path not in self._embeddings:
-                    module = self.model.get_submodule(target.path)
-                    replaced = self._replaced.get(target.path)
-                    inner = replaced.own if replaced else module.forward
-                    adapted = AdaptedEmbedding(module, inner, self.spans_of)
-                    self._embeddings[target.path] = adapted
-                    self._stand_within(target.path, module, adapted.forward)
-                continue
-            if target.path not in self._group_of:
-                paths = groups_of(self.model, target.path)
-                name = "+".join([paths[0], *(path.rsplit(".", 1)[-1] for path in paths[1:])])
-                modules = [self.model.get_submodule(path) for path in paths]
-                members = [projection_of(module) for module in modules]
-                shared = SharedInput(Group(name, members), paths, self.spans_of)
-                self._shared[name] = shared
-                for index, (path, module) in enumerate(zip(paths, modules, strict=True)):
-                    self._group_of[path] = name
-                    self._stand_within(path, module, partial(shared.forward, index))
-            name = self._group_of[target.path]
-            grouping[name] = self._shared[name].paths
-        return grouping
-
-    def _replaced_parameters(
-        self, config: LoraConfig, targets: Sequence[Target]
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """Module path → the base's parameters that an adapter of this configuration replaces whole."""
-        out: dict[str, dict[str, torch.Tensor]] = {}
-        saved = saved_paths(self.model, config)
-        for path in saved:
-            out[path] = dict(self.model.get_submodule(path).named_parameters())
-        adapted = {target.path for target in targets}
-        if config.bias != "none":
-            for path, module in self.model.named_modules():
-                bias = module._parameters.get("bias")
-                inside = any(path == other or path.startswith(other + ".") for other in saved)
-                if bias is not None and not inside and (config.bias == "all" or path in adapted):
-                    out[path] = {"bias": bias}
-        return out
-
     # -- adapters -----------------------------------------------------------------------------------------
 
     def add(self, name: str, source: LoraConfig | Adapter, *, seed: int = 0) -> Resident:
-        """Make an adapter resident: a fresh one from a LoraConfig, or a loaded one. Raises AdapterError."""
+        """Make an adapter resident: a fresh one from a LoraConfig, or a loaded one. Raises AdapterError, and then
+        leaves the model as it was."""
         self.check_attached()
-        if name in self.residents:
-            raise AdapterError(f"an adapter {name!r} is already attached; remove it first or choose another name")
-        if self.merged:
-            raise AdapterError("an adapter is merged into the base; unmerge it before attaching another")
-        config = source.config if isinstance(source, Adapter) else source
-        targets = find_targets(self.model, config)
-        replaced = self._replaced_parameters(config, targets)
-        grouping = self._wire_groups(targets)
-        slot = next(n for n in range(len(self.residents) + 1) if n not in self._slots())
-        resident = make_resident(name, slot, config, targets, grouping, replaced, self.base.device)
-        if isinstance(source, Adapter):
-            fill(resident, source.tensors, spare=self._base_copies(source.tensors))
-            resident.card = copy.deepcopy(source.card)
-        else:
-            initialise(resident, replaced, seed)
-        for path in resident.saved:
-            if path not in self._replaced:
-                module = self.model.get_submodule(path)
-                own = self._own_forward(module)
-                stand = ReplacedModule(module, own, module.forward, self.spans_of, self.tokens_of)
-                self._replaced[path] = stand
-                self._stand_in(module, stand.forward)
-        for group, adapter_slot in resident.groups.items():
-            self._shared[group].group.slots[slot] = adapter_slot
-        for path, embedding in resident.embeddings.items():
-            self._embeddings[path].slots[slot] = embedding
-        for path, parameters in resident.saved.items():
-            self._replaced[path].slots[slot] = parameters
-        self.residents[name] = resident
+        with self.turn:
+            if name in self.residents:
+                raise AdapterError(f"an adapter {name!r} is already attached; remove it first or choose another name")
+            if self.merged:
+                raise AdapterError("an adapter is merged into the base; unmerge it before attaching another")
+            resident, grouping = resident_of(self.model, name, self._given_slots, source, seed, self.base.device)
+            self._given_slots += 1  # a number never comes again: what still holds one that is gone can be told
+            self._wiring.put(resident, grouping)
+            self.residents[name] = resident
         return resident
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter: its slot and its memory are free at once."""
-        resident = self.resident(name)
-        for group in resident.groups:
-            del self._shared[group].group.slots[resident.slot]
-        for path in resident.embeddings:
-            del self._embeddings[path].slots[resident.slot]
-        for path in resident.saved:
-            del self._replaced[path].slots[resident.slot]
-        self._forget()
-        del self.residents[name]
-        self.active.pop(name, None)
+        """Let go of an adapter: its memory is free at once.
+
+        Whatever still names its slot (a Layout, a row on its way, a backward pass) is an AdapterError from now on.
+        """
+        with self.turn:
+            resident = self.resident(name)
+            if self.layout is not None:
+                raise AdapterError(f"the model is running; remove {name!r} afterwards")
+            self._wiring.take(resident)
+            del self.residents[name]
+            self.active.pop(name, None)
+
+    def holds(self, slot: int) -> bool:
+        """Whether the adapter that was given this slot is still attached."""
+        return any(resident.slot == slot for resident in self.residents.values())
+
+    def check_spans(self, spans: Spans, what: str = "these rows were laid out; lay them out again") -> None:
+        """Raise AdapterError where a span's adapter was removed: its rows would silently get the bare base."""
+        if gone := {item.slot for item in spans.items} - {resident.slot for resident in self.residents.values()}:
+            raise AdapterError(
+                f"the adapter of slot {min(gone)} was removed after {what} (attached: {listed(self.residents)})"
+            )
 
     def resident(self, name: str) -> Resident:
         """The resident adapter of that name. Raises AdapterError with the nearest name."""
@@ -254,20 +161,6 @@ class AdaptedModel:
                 f"no adapter {name!r} is attached{nearest(name, self.residents)}; attached: {listed(self.residents)}"
             )
         return self.residents[name]
-
-    def _slots(self) -> set[int]:
-        return {resident.slot for resident in self.residents.values()}
-
-    def _base_copies(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Keys that merely repeat a parameter of the base (PEFT saves whole embeddings beside an adapter)."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        return [
-            key
-            for key, tensor in tensors.items()
-            if key in own
-            and own[key].shape == tensor.shape
-            and torch.equal(own[key].cpu(), tensor.to(own[key].dtype))
-        ]
 
     def activate(self, *names: str | Mapping[str, float], **weights: float) -> None:
         """Choose the adapters of plain forward calls: one, none, or a weighted combination.
@@ -286,9 +179,12 @@ class AdaptedModel:
         self.active = chosen
 
     def check_combination(self, weights: Mapping[str, float]) -> None:
-        """Raise AdapterError when a name is unknown or the adapters cannot be active together."""
-        whole = [name for name in weights if self.resident(name).saved]
-        if len(weights) > 1 and whole:
+        """Raise AdapterError when a name is unknown, a weight not finite, or adapters cannot be active together."""
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise AdapterError(f"the weight of {name!r} is {weight}; give a finite number")
+        whole = [name for name, weight in weights.items() if self.resident(name).saved and weight]
+        if whole and sum(map(bool, weights.values())) > 1:
             raise AdapterError(f"{listed(whole)} replaces whole modules and cannot be combined with others")
 
     @contextmanager
@@ -323,7 +219,7 @@ class AdaptedModel:
 
     # -- running ------------------------------------------------------------------------------------------
 
-    def spans_of(self, rows: int) -> Spans:
+    def spans_in_force(self, rows: int) -> Spans:
         """The spans in force for a module that is given `rows` rows."""
         if self.spans_now is not None:
             return self.spans_now
@@ -342,41 +238,43 @@ class AdaptedModel:
         the rotary frequencies of its tokens depend on how long a sequence is."""
         return self.packs and not length_dependent_rotaries(self.model)
 
-    def tokens_of(self) -> int | None:
+    def tokens_in_force(self) -> int | None:
         """The tokens of the flat batch in force; None in a plain call, and where the head is given chosen rows."""
         return self.layout.tokens if self.layout is not None and self.spans_now is None else None
 
-    def spans_for(self, weights: Mapping[str, float], end: int, start: int = 0, seed: int = 0) -> Spans:
-        """Rows start..end with the named adapters at these weights."""
-        return Spans.of(
-            Span(start, end, self.resident(name).slot, scale, seed) for name, scale in weights.items() if scale
-        )
+    def spans_for(self, weights: Mapping[str, float], rows: int) -> Spans:
+        """All of `rows` rows with the named adapters at these weights."""
+        return Spans.of(Span(0, rows, self.resident(name).slot, scale) for name, scale in weights.items() if scale)
 
     @contextmanager
     def using(self, layout: Layout) -> Iterator[None]:
-        """Run over a flat batch with this layout; does not nest."""
+        """Run over a flat batch with this layout; does not nest, and other threads wait for their turn."""
         self.check_attached()
-        if self.layout is not None:
-            raise InternalError("a Layout is in force already; they do not nest")
-        if layout.spans.items and self.merged:
-            raise AdapterError("an adapter is merged into the base; unmerge it before answering with adapters")
-        with self.again(layout, None):
-            yield
+        with self.turn:
+            if self.layout is not None:
+                raise InternalError("a Layout is in force already; they do not nest")
+            if layout.spans.items and self.merged:
+                raise AdapterError("an adapter is merged into the base; unmerge it before answering with adapters")
+            with self.under(layout, None):
+                yield
 
     @contextmanager
-    def again(self, layout: Layout, spans: Spans | None) -> Iterator[None]:
-        """The state of an earlier forward pass, for its recomputation."""
-        before = self.layout, self.spans_now
-        self.layout, self.spans_now = layout, spans
-        try:
-            if self.packs:
-                with our_attention(self._attention):
+    def under(self, layout: Layout, spans: Spans | None) -> Iterator[None]:
+        """This Layout (and for the head these spans) in force, over what is: one pass, or its recomputation.
+
+        A recomputation on the CPU waits for its turn; on a device autograd has a thread of its own, whose caller may
+        have it.
+        """
+        with self.turn if self.base.device.type == "cpu" else nullcontext():
+            self.check_spans(layout.spans if spans is None else spans)
+            before = self.layout, self.spans_now
+            self.layout, self.spans_now = layout, spans
+            try:
+                with our_attention(self._attention) if self.packs else nullcontext():
                     yield
-            else:
-                yield
-        finally:
-            self.layout, self.spans_now = before
-            self._forget()
+            finally:
+                self.layout, self.spans_now = before
+                self.forget()
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [tokens, dim] of a flat batch (ids, positions: int64 [tokens]), inside `using`."""
@@ -390,8 +288,7 @@ class AdaptedModel:
                 past_key_values=None,
                 use_cache=False,
             )
-            states: torch.Tensor = out.last_hidden_state[0]
-            return states
+            return self._watched(out.last_hidden_state[0])
         if self.layout.store is not None:
             raise InternalError("this architecture keeps no packed key-value store")
         parts = []
@@ -399,16 +296,29 @@ class AdaptedModel:
             own = range(segment.q0, segment.q1)
             rows = [*(row for part in segment.prefix for row in range(*part)), *own]  # its beginning again, with it
             layout = Layout.packed([len(rows)], self.layout.spans.take(rows))
-            with self.again(layout, None):
+            with self.under(layout, None):
                 out = self.decoder(input_ids=ids[None, rows], use_cache=False)
                 parts.append(out.last_hidden_state[0, len(rows) - len(own) :])
-        return torch.cat(parts)
+        return self._watched(torch.cat(parts))
+
+    def _watched(self, states: torch.Tensor) -> torch.Tensor:
+        """The states, whose backward pass begins with a look whether every adapter of the forward pass is there."""
+        assert self.layout is not None
+        spans = self.layout.spans
+        if states.requires_grad and spans.items:
+            backward = partial(self._check_backward, spans)
+            states.register_hook(backward)  # type: ignore[no-untyped-call]
+        return states
+
+    def _check_backward(self, spans: Spans, _gradient: torch.Tensor) -> None:
+        self.check_spans(spans, "the forward pass; go backward before removing it")
 
     def logits(self, hidden: torch.Tensor, spans: Spans) -> torch.Tensor:
         """Logits [rows, vocabulary] of hidden states, the head's own scale and soft cap applied."""
         layout = self.layout
         if layout is None:
             raise InternalError("logits() needs a Layout in force")
+        self.check_spans(spans)
         before, self.spans_now = self.spans_now, spans
         try:
             logits: torch.Tensor = self.head(hidden)
@@ -446,7 +356,7 @@ class AdaptedModel:
         found: list[torch.Tensor] = [p for p in self.head.parameters() if p.requires_grad]
         path = next((path for path, module in self.model.named_modules() if module is self.head), None)
         for resident in self.residents.values():
-            group = resident.groups.get(self._group_of.get(path or "", ""))
+            group = resident.groups.get(self._wiring.group_at(path or "") or "")
             if group is not None:
                 found += [tensor for tensor in group.tensors() if tensor is not None and tensor.requires_grad]
             found += [t for t in resident.saved.get(path or "", {}).values() if t.requires_grad]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from postil.base.cache import cache_directory
@@ -33,6 +35,8 @@ _STORED_NAMES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 _CHUNK = 1 << 24  # bytes hashed at a time
+_BEGINNING = 1 << 18  # bytes of a file that a quick check reads
+PATIENCE = 10.0  # seconds that a process waits to write down what it hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,8 @@ class Fingerprint:
 def directory_source(directory: Path, *, verify: bool = False) -> str:
     """The source hash of a model directory, independent of sharding and file layout.
 
-    A quick check (path, sizes and times of the files) answers from the cache; `verify` hashes every
-    byte anew. Raises BaseModelError when the directory is broken.
+    A quick check (path, sizes, times, inodes and beginnings of the files) answers from the cache; `verify` hashes
+    every byte anew. Raises BaseModelError when the directory is broken.
     """
     directory = directory.resolve()
     return _cached(directory, _stamps(directory), verify, lambda: compute_source(directory))
@@ -220,12 +224,19 @@ def _tensor_sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def _stamp(file: Path) -> list[int]:
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
+def _stamp(file: Path) -> list[int | str]:
+    """What changes with a file's bytes: size, times, inode, and its beginning (of weights: the header). The time of
+    modification alone can be given back (rsync -a, cp -p, tar), that of the last change to the inode cannot."""
+    try:
+        status = file.stat()
+        with open(file, "rb") as handle:
+            beginning = hashlib.sha256(handle.read(_BEGINNING)).hexdigest()
+    except OSError as error:
+        raise BaseModelError(f"{file} cannot be read ({error.strerror}).") from error
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, beginning]
 
 
-def _stamps(directory: Path) -> dict[str, list[int]]:
+def _stamps(directory: Path) -> dict[str, list[int | str]]:
     files = [directory / "config.json", *weight_files(directory)]
     if files[-1].name != SINGLE:
         files.append(directory / "model.safetensors.index.json")
@@ -234,21 +245,23 @@ def _stamps(directory: Path) -> dict[str, list[int]]:
     return {file.name: _stamp(file) for file in files}
 
 
-def _cached(path: Path, stamps: dict[str, list[int]], verify: bool, compute: Any) -> str:
-    """The source of `path`, from `<cache>/fingerprints.json` when its files' sizes and times still fit."""
+def _cached(path: Path, stamps: dict[str, list[int | str]], verify: bool, compute: Callable[[], str]) -> str:
+    """The source of `path`, from `<cache>/fingerprints.json` when what _stamp knows of its files still fits."""
     store = cache_directory() / "fingerprints.json"
+    entry = _known(store).get(str(path))
+    if not verify and isinstance(entry, dict) and entry.get("files") == stamps:
+        return str(entry["source"])
+    source = compute()
+    with suppress(OSError):  # a cache that cannot be written only costs time
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(store.with_suffix(".lock"), timeout=PATIENCE):
+            write_json(store, _known(store) | {str(path): {"files": stamps, "source": source}})
+    return source
+
+
+def _known(store: Path) -> dict[str, Any]:
     try:
         known = json.loads(store.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    entry = known.get(str(path))
-    if not verify and isinstance(entry, dict) and entry.get("files") == stamps:
-        return str(entry["source"])
-    source = str(compute())
-    known[str(path)] = {"files": stamps, "source": source}
-    try:
-        write_json(store, known)
-    except OSError:
-        return source  # a cache that cannot be written only costs time
-    return source
+        return {}
+    return known if isinstance(known, dict) else {}

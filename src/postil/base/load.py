@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from postil.errors import BaseModelError, PostilError, listed, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+NEARLY_ALL = 0.99  # of the stored values
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json"
 )  # fmt: skip
@@ -119,8 +122,8 @@ def load_base(
     """Open a base and freeze it.
 
     source: an HF model directory, a `.gguf` file, a name of the catalog, or a hub name (owner/name).
-    dtype: "auto" (as stored; the widest where a directory mixes them; float32 for GGUF), "float32",
-    "bfloat16" or "float16". device: "cpu", "cuda", "cuda:N", or "auto" (cuda when there is one).
+    dtype: "auto" (as nearly all values are stored, or the widest of a directory that mixes them; float32 for
+    GGUF), "float32", "bfloat16" or "float16". device: "cpu", "cuda", "cuda:N", or "auto" (cuda when there is one).
     trust_remote_code: let a model directory run code of its own. quant: "nf4" holds the linear layers within the
     decoder in 4 bits, each tensor quantised as it is read, so that no more than the 4-bit base and one layer is ever
     in memory (a GGUF is read dense first); dtype is then that of all else and of the products. A directory of 4-bit
@@ -334,16 +337,25 @@ def _finish(
 
 
 def _stored_dtype(tensors: list[StoredTensor], directory: Path) -> torch.dtype:
-    """The dtype of the stored floating tensors, the widest if they differ; the config may say another. The scales of
-    4-bit weights do not count."""
-    plain = plain_tensors(tensors)
-    kinds = {tensor.dtype for tensor in plain if tensor.dtype.startswith(("F", "BF"))}
-    unknown = sorted(kinds - set(_STORED))
-    if unknown or not kinds:
+    """The dtype that nearly all stored floating values have, else the widest of them; the config may say another. The
+    scales of 4-bit weights do not count.
+
+    A few vectors in float32 (a router's biases, norms) do not widen everything else: transformers keeps those in
+    float32 whose model needs them so.
+    """
+    values = Counter[str]()
+    for tensor in plain_tensors(tensors):
+        if tensor.dtype.startswith(("F", "BF")):
+            values[tensor.dtype] += math.prod(tensor.shape)
+    unknown = sorted(set(values) - set(_STORED))
+    if unknown or not values:
         raise BaseModelError(
             f"{directory} stores {listed(unknown) if unknown else 'no'} floating tensors: postil opens "
             "float32, bfloat16 and float16."
         )
-    if kinds == {"BF16", "F16"}:
+    kind, most = values.most_common(1)[0]
+    if most >= NEARLY_ALL * values.total():
+        return _STORED[kind]
+    if set(values) == {"BF16", "F16"}:
         return torch.float32
-    return max((_STORED[kind] for kind in kinds), key=lambda kind: kind.itemsize)
+    return max((_STORED[kind] for kind in values), key=lambda kind: kind.itemsize)

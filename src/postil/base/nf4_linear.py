@@ -48,11 +48,6 @@ class Nf4Linear(nn.Module):
         tensors: dict[str, Any] = dict(self._buffers)
         return Nf4Weight(**tensors, **self._facts)
 
-    @property
-    def d_out(self) -> int:
-        """Rows of the weight: values per output row."""
-        return self.out_features
-
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole weight dequantised, in the orientation that the layer it stands in for has."""
         weight = dequantise(self.nf4, dtype)

@@ -13,6 +13,7 @@ import typer
 from postil.cli import (
     adapter_commands,
     base_commands,
+    cache_command,
     convert_command,
     data_commands,
     demo_command,
@@ -78,6 +79,7 @@ app.command("list")(registry_commands.list_)
 app.command()(registry_commands.show)
 app.command()(registry_commands.promote)
 app.command()(registry_commands.rollback)
+app.command()(cache_command.cache)
 app.command()(doctor_command.doctor)
 app.command()(demo_command.demo)
 

@@ -100,7 +100,7 @@ def merge(
     An adapter trained on a 4-bit base needs --into; the way from the 4-bit base to what is written is measured.
     Example: postil merge runs/support/adapter --base smollm2-135m-instruct --out merged
     """
-    from postil.adapter.merge import export_merged
+    from postil.adapter.export import export_merged
     from postil.adapter.peft_files import load_adapter
     from postil.base import load_base
     from postil.files import check_vacant

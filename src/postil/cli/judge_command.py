@@ -28,19 +28,30 @@ def judge(
     base: Annotated[str, typer.Option("--base", "-b", help="Model directory, known base, hub name, GGUF.")],
     target: Annotated[str | None, typer.Option("--target", "-t", help="Held-out rows of its task.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Measures of answers, a,b; the first decides (else by the rows).")
+        str | None,
+        typer.Option(help="Measures of answers, a,b (docs/judging.md); the first decides (else the rows)."),
     ] = None,
     general: Annotated[
         str, typer.Option(help='Rows {"text"} of what must not get worse; none leaves it out.')
+    ] = "shipped",
+    chat: Annotated[
+        str, typer.Option(help='Rows {"prompt"} to answer as the base does; none leaves them out.')
     ] = "shipped",
     choices: Annotated[str | None, typer.Option(help='Rows {"context", "choices", "answer"}.')] = None,
     pairs: Annotated[str | None, typer.Option(help='Rows {"good", "bad"}: minimal pairs.')] = None,
     lm_eval: Annotated[
         str | None, typer.Option("--lm-eval", help="Tasks of lm-eval (an extra), a,b, or a task's YAML.")
     ] = None,
-    shots: Annotated[int, typer.Option(help="Examples from --train in the base's few-shot prompt.")] = 0,
-    train: Annotated[str | None, typer.Option(help="The rows that examples are drawn from.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples in the base's few-shot prompt (4 where --train is known).")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="The rows it learned, for examples and baselines (else its recipe's).")
+    ] = None,
     slices: Annotated[str | None, typer.Option(help="Columns to look at value by value, a,b.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="task: the adapter is only ever asked its own task (else assistant).")
+    ] = None,
     null: Annotated[int, typer.Option(help="Random adapters of equal norm: the noise floor.")] = 0,
     curve: Annotated[bool, typer.Option("--curve", help="Scale the adapter's term from 0 to 1.25.")] = False,
     leakage: Annotated[
@@ -74,24 +85,25 @@ def judge(
     from postil.judging.judge import judge as run
     from postil.judging.options import SCALES, JudgeOptions
     from postil.reporting.report import write_beside
-    from postil.training.recipe import with_settings
+    from postil.settings import with_settings
 
     flags: dict[str, Any] = {
-        "metrics": _words(metrics), "slices": _words(slices), "shots": shots, "null": null,
-        "curve": SCALES if curve else (),
+        "metrics": _words(metrics), "slices": _words(slices), "null": null,
+        "curve": SCALES if curve else (), "scope": scope,
     }  # fmt: skip
     if lm_eval is not None:
         flags["lm_eval"] = {"tasks": _words(lm_eval)}
-    values = with_settings({key: value for key, value in flags.items() if value}, set_ or [])
+    given = {key: value for key, value in flags.items() if value} | ({"shots": shots} if shots is not None else {})
+    values = with_settings(given, set_ or [])
     options = JudgeOptions.parse(values)
     expression = DEFAULT if gate == "default" else gate
     in_service = _checked(expression, live, junit)
     opened = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quant=quant)
     with _progress() as watch:
         card = run(
-            opened, adapter, target=target, general=None if general == "none" else general, choices=choices,
-            pairs=pairs, train=train, leaks=leakage, options=options, gate=expression, predictions=predictions,
-            watch=watch, keep=keep, force=force,
+            opened, adapter, target=target, general=None if general == "none" else general,
+            chat=None if chat == "none" else chat, choices=choices, pairs=pairs, train=train, leaks=leakage,
+            options=options, gate=expression, predictions=predictions, watch=watch, keep=keep, force=force,
         )  # fmt: skip
     _print(card)
     result = check(card, expression, in_service) if expression is not None else None
@@ -151,18 +163,32 @@ def _progress() -> Iterator[Watch]:
 
 
 def _print(card: ScoreCard) -> None:
+    from postil.judging.gate.margins import bound
+    from postil.reporting.card_page import most_of
+    from postil.reporting.card_words import sentence
+
     parts = {"target": card.target} if card.target is not None else {}
     parts |= {f"general.{name}": part for name, part in card.general.items()}
     few = any(part.few_shot for part in parts.values())
     spread = any(measure.z is not None for part in parts.values() for measure in part.measures.values())
-    heads = ["measure", "base", *(["few-shot"] if few else []), "adapter", "difference", "verdict", "visible from"]
+    heads = [
+        "measure",
+        "base",
+        *(["few-shot"] if few else []),
+        "adapter",
+        "difference",
+        "verdict",
+        "allowed",
+        "visible from",
+    ]
     table = [[*heads, *(["z"] if spread else [])]]
     for path, part in parts.items():
         for name, measure in part.measures.items():
             shown = path if name == part.main and path != "target" else f"{path}.{name}"
-            table.append([shown, *_cells(measure, part, name, few, spread)])
+            table.append([shown, *_cells(measure, part, name, few, spread, most_of(path, part, name))])
         for shown, measure in _worst_slices(path, part):
-            table.append([shown, *_cells(measure, part, "", few, spread)])
+            most = bound(path.removeprefix("general."), part.main, measure, sliced=True)
+            table.append([shown, *_cells(measure, part, "", few, spread, most)])
     for row in _aligned(table):
         console.out.print(row, soft_wrap=True)
     for line in [*_lines(card), *card.notes]:
@@ -183,7 +209,7 @@ def _aligned(table: list[list[str]]) -> Iterator[Text]:
         yield line
 
 
-def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> list[str]:
+def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool, most: str) -> list[str]:
     digits = 1 if m.unit in ("%", "points") else 4
     shot = part.few_shot.get(name)
     return [
@@ -192,6 +218,7 @@ def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool) -> lis
         f"{m.adapter.value:.{digits}f}",
         f"{m.difference.value:+.{digits}f} ({m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f})",
         m.told,
+        most,
         "too few rows" if m.too_few else f"{m.detectable:.{digits}f} {m.unit}",
         *([f"{m.z:+.1f}" if m.z is not None else ""] if spread else []),
     ]
@@ -209,7 +236,9 @@ def _worst_slices(path: str, part: Part) -> list[tuple[str, Comparison]]:
 
 
 def _lines(card: ScoreCard) -> Iterator[str]:
-    """What the table does not hold: the sets, the curve, leakage."""
+    """What the table does not hold: the sets, the curve, baselines, leakage."""
+    from postil.reporting.card_page import baseline_line
+
     sets = {"target": card.target, **card.general}
     for name, part in sets.items():
         if part is not None and name != "kl":
@@ -222,30 +251,12 @@ def _lines(card: ScoreCard) -> Iterator[str]:
         values = {"target": point.target, "target nats": point.target_nats, "general nats": point.general_nats}
         told = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
         yield f"scale {point.scale:g}: {told}"
+    for name, part in sets.items():
+        if part is not None and (line := baseline_line(part)):
+            yield f"{name}: {line}"
     if card.leakage is not None:
         found = card.leakage
         told = f"adapter {found.adapter.value:.1f}%, base {found.base.value:.1f}%"
         told += f", adapter on rows it never saw {found.held_out.value:.1f}%" if found.held_out is not None else ""
         rows = f"; rows {', '.join(map(str, found.worst_rows))}" if found.worst_rows else ""
         yield f"leakage ({found.matched_tokens} tokens word for word, {found.rows} training rows): {told}{rows}"
-
-
-def sentence(card: ScoreCard) -> str:
-    """The card in one sentence: the target's verdict, then that on general text."""
-    told = []
-    if card.target is not None:
-        told.append(_said(card.target.measures[card.target.main], "on the target", card.target.main))
-    for name in [name for name in ("nats", "pairs", "choices") if name in card.general][:1]:
-        part = card.general[name]
-        told.append(_said(part.measures[part.main], "in general", f"general.{name}"))
-    text = "; ".join(told)
-    return f"{text[0].upper()}{text[1:]}." if text else "Nothing was measured."
-
-
-def _said(m: Comparison, where: str, name: str) -> str:
-    digits = 1 if m.unit in ("%", "points") else 3
-    moved = f"{name} {m.base.value:.{digits}f} → {m.adapter.value:.{digits}f} {m.unit}"
-    if m.verdict == "no evidence":
-        return f"no evidence {where}: {moved}, and {m.reach}"
-    ends = f"{m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f}"
-    return f"{m.verdict} {where}: {moved} ({m.difference.value:+.{digits}f}, {ends})"

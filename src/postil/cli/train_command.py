@@ -13,7 +13,7 @@ from postil import console
 from postil.cli.words import Code
 
 if TYPE_CHECKING:
-    from postil.training import Job, Outcome
+    from postil.training import Job, Outcome, Recipe
 
 
 def train(
@@ -34,7 +34,7 @@ def train(
         float | None, typer.Option(help="Keep a state at most this far above the base in general nats per token.")
     ] = None,
     general: Annotated[
-        str | None, typer.Option(help='General text for --guard: JSONL rows {"text": ...} of what must stay good.')
+        str | None, typer.Option(help='Rows {"text"} or {"prompt"} of what must stay good (else the shipped ones).')
     ] = None,
     from_adapter: Annotated[str | None, typer.Option(help="Continue from an adapter's values.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, e.g. lora.r=16.")] = None,
@@ -46,11 +46,12 @@ def train(
 ) -> None:
     """Train an adapter beside a frozen base (or, with --method full, the whole base).
 
-    A run that was stopped or killed goes on when the same command is given again. With --guard, general text is
-    measured at every validation and the best state that leaves it whole is kept.
+    A run that was stopped or killed goes on when the same command is given again. With --guard, general prose and
+    chat are measured at every validation and the best state that leaves both whole is kept.
     Example: postil train --base smollm2-135m-instruct --data train.jsonl --out runs/support
     """
-    from postil.training import Recipe, prepare, read_recipe, with_settings
+    from postil.settings import with_settings
+    from postil.training import Recipe, read_recipe
 
     values: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     flags = {"base": base, "data": data, "valid": valid, "from_adapter": from_adapter, "out": out and str(out),
@@ -62,13 +63,24 @@ def train(
     _override(values, "rows", {"skip_bad_lines": True} if skip_bad_lines else {})
     values.setdefault("out", f"runs/{Path(str(values.get('data', 'run'))).name.split('.')[0]}")
     plan = Recipe.parse(with_settings(values, set_ or []))
-    job = prepare(plan)
+    job = _prepared(plan)
     _tell(job)
     if dry_run:
         console.note(f"about {job.seconds() / 60:.1f} minutes on this machine; nothing was trained")
         return
     outcome = _with_progress(job)
     _finish(job, outcome)
+
+
+def _prepared(plan: Recipe) -> Job:
+    """The job, with a line where the base is asked for its own answers first."""
+    from rich.progress import Progress
+
+    from postil.training import prepare
+
+    with Progress(console=console.err, transient=True) as bar:
+        task = bar.add_task("the base answers the general chat prompts, once", visible=False)
+        return prepare(plan, lambda done, total: bar.update(task, completed=done, total=total, visible=True))
 
 
 def _override(values: dict[str, Any], group: str, flags: dict[str, Any]) -> None:
@@ -122,7 +134,14 @@ def _with_progress(job: Job) -> Outcome:
             bar.update(task, total=event["total_steps"], completed=event["step"], description=text)
             measured = [f"held-out loss {event['valid_loss']:.4f}"] if "valid_loss" in event else []
             if "general_rise" in event:
-                measured.append(f"general {event['general_rise']:+.4f} nats, KL {event['general_kl']:.4f}")
+                measured += [
+                    f"{name} {event[rise]:+.4f} nats, KL {event[kl]:.4f}"
+                    for name, rise, kl in (
+                        ("general", "prose_rise" if "prose_rise" in event else "general_rise", "general_kl"),
+                        ("chat", "chat_rise", "chat_kl"),
+                    )
+                    if rise in event
+                ]
             if measured:
                 bar.console.print(f"step {event['step']}: {', '.join(measured)}", style="dim")
 

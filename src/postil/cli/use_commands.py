@@ -14,7 +14,7 @@ import typer
 
 from postil import console
 from postil.cli.words import Code
-from postil.errors import RequestError
+from postil.errors import AnswerError, RequestError
 
 if TYPE_CHECKING:
     from postil.engine import Engine, Request
@@ -57,11 +57,12 @@ def generate(
 ) -> None:
     """Answer a prompt, or every line of a file in one batch.
 
-    A line of --requests: {"prompt": "…", "adapter": "support"} (no adapter: the bare base).
+    A line of --requests: {"prompt": "…", "adapter": "support"} (no adapter: the bare base). An answer that breaks off
+    says so in its line (finish_reason "error" and an "error"), the others are whole; the exit code is then 2.
     Example: postil generate "Where is my order?" --base smollm2-135m-instruct --adapter runs/support/adapter
     """
     from postil.cli.requests_file import read_requests
-    from postil.engine import Request
+    from postil.engine import Request, unbroken
 
     if (prompt is None) == (requests is None):
         raise RequestError('give a prompt or --requests FILE, for example: postil generate "Hello" --base B')
@@ -69,10 +70,13 @@ def generate(
     asked = read_requests(requests, defaults) if requests is not None else []
     with _engine(base, adapter, registry, dtype, quant, device, force, trust_remote_code) as engine:
         if requests is not None:
-            for answer in engine.run(_as_learned(engine, asked)):
+            answers = engine.run(_as_learned(engine, asked))
+            for answer in answers:
                 fields = {"text": answer.text, "adapter": answer.adapter, "finish_reason": answer.finish_reason,
                           "prompt_tokens": answer.prompt_tokens, "new_tokens": len(answer.ids)}  # fmt: skip
-                typer.echo(json.dumps(fields, ensure_ascii=False))
+                said = {} if answer.error is None else {"error": answer.error}
+                typer.echo(json.dumps(fields | said, ensure_ascii=False))
+            unbroken(answers)
             return
         one = Request(prompt=prompt, adapter=_only(engine), raw=raw, max_new_tokens=max_new_tokens,
                       temperature=temperature, seed=seed)  # fmt: skip
@@ -148,7 +152,11 @@ def chat(
                     f"{engine.model.base.context} tokens; it was left out: write less, or lower --max-new-tokens"
                 )
                 continue
-            answer = _print_stream(engine, fitting)
+            try:
+                answer = _print_stream(engine, fitting)
+            except AnswerError as problem:
+                console.warn(f"{problem}; this turn is left out of the conversation")
+                continue
             kept = list(fitting.messages or ())[len(opening) :]
             turns = [*kept, {"role": "assistant", "content": answer}]
             seed += 1
@@ -237,8 +245,10 @@ def _only(engine: Engine) -> str | None:
 
 def _print_stream(engine: Engine, request: Request) -> str:
     pieces = []
-    for piece in engine.stream(request):
-        typer.echo(piece, nl=False)
-        pieces.append(piece)
-    typer.echo("")
+    try:
+        for piece in engine.stream(request):
+            typer.echo(piece, nl=False)
+            pieces.append(piece)
+    finally:
+        typer.echo("")
     return "".join(pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,12 @@ class Draft:
     text: str
     spans: tuple[tuple[int, int, float], ...]
     close: bool
+
+    @property
+    def question(self) -> bytes:
+        """A digest of the text before the last answer; empty where there is none, as in a running text."""
+        before = self.text[: self.spans[-1][0]] if self.spans else ""
+        return hashlib.blake2b(before.encode(), digest_size=16).digest() if before else b""
 
 
 @dataclass(slots=True)
@@ -98,6 +105,8 @@ def _turn_span(chat: Chat, index: int, whole: str, tokenizer: Any) -> tuple[int,
     last = index == len(messages) - 1
     upto = whole if last else render_checked(messages[: index + 1], tokenizer, chat.tools, False)
     if not whole.startswith(upto):
+        upto = _without_end(upto, whole, tokenizer)
+    if not whole.startswith(upto):
         raise DataError(
             f"{turn}: the chat template prints this turn differently once more messages follow, so what "
             "would be learned is not what will be generated; learn the last turn only (learn: last), make "
@@ -110,6 +119,20 @@ def _turn_span(chat: Chat, index: int, whole: str, tokenizer: Any) -> tuple[int,
             + ("use another chat template" if last else "learn the last turn only (learn: last)")
         )
     return len(before), max(len(before), len(upto.rstrip()))
+
+
+def _without_end(upto: str, whole: str, tokenizer: Any) -> str:
+    """`upto` without the special tokens that end a conversation and no turn (Phi-3's end of text), where `whole`
+    goes on with more messages instead; as given where more than these differs."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    rest = upto
+    while not whole.startswith(rest):
+        bare = rest.rstrip()
+        found = next((one for one in special if bare.endswith(one)), None)
+        if found is None and bare == rest:
+            return upto
+        rest = bare if found is None or whole.startswith(bare) else bare.removesuffix(found)
+    return rest
 
 
 def _check_calls(message: Message, number: int, target: str, chat: Chat, tokenizer: Any) -> None:
@@ -200,7 +223,7 @@ def encode(
             continue
         if truncated:
             tally.truncated.append(draft.row)
-        samples.append(Sample(ids, weights, draft.row, truncated))
+        samples.append(Sample(ids, weights, draft.row, truncated, draft.question))
     return samples
 
 
@@ -240,14 +263,20 @@ def _split(ids: NDArray[np.int32], weights: NDArray[np.float32], row: int, limit
     """Pieces of at most `limit` tokens: every target is learned once.
 
     Every piece begins with the tokenizer's leading tokens, where it has some; a later piece then has, masked,
-    the last token of the piece before it.
+    the last token of the piece before it, where there is room. Raises DataError where not even one token has any.
     """
+    room = limit - leading
+    if room < 1:
+        raise DataError(
+            f"a piece of {limit} tokens holds the tokenizer's {leading} leading ones and nothing to learn; give a "
+            f"max_length of {leading + 2} at least"
+        )
     head = ids[:leading]
     pieces = []
     start = leading
     while start < len(ids):
-        before = ids[start - 1 : start] if start > leading else ids[:0]
-        end = start + max(1, limit - leading - len(before))
+        before = ids[start - 1 : start] if start > leading and room > 1 else ids[:0]
+        end = start + room - len(before)
         piece = np.concatenate([head, before, ids[start:end]])
         weight = np.concatenate([np.zeros(leading + len(before), dtype=np.float32), weights[start:end]])
         pieces.append(Sample(piece, weight, row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ SHAPES = (
     Shape("Alpaca", ("instruction", "output"), ("input", "system"), ("auto", "prompt", "raw")),
     Shape("text", ("text",), (), ("auto", "text")),
 )
+_OPTIONAL = {name for shape in SHAPES for name in shape.may}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -74,15 +75,29 @@ class Text:
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under postil's column names; DataError where a mapped column is missing."""
+    """The row under postil's column names; DataError where a mapped column is missing that a row must have.
+
+    One that rows may have (`input`, `system`, `tools`) is absent where a file's null was left out.
+    """
     renamed = dict(row)
-    for own in columns.values():
-        if own not in row:
+    for name, own in columns.items():
+        if own not in row and name not in _OPTIONAL:
             raise DataError(f"no column {own!r}{nearest(own, row)}; the row has {listed(map(repr, row))}")
     for own in columns.values():
         renamed.pop(own, None)
-    renamed.update({name: row[own] for name, own in columns.items()})
+    renamed.update({name: row[own] for name, own in columns.items() if own in row})
     return renamed
+
+
+def check_mapped(columns: Mapping[str, str], known: Iterable[str]) -> None:
+    """DataError for a mapped column that no row had; known: postil's names of the columns that rows did have."""
+    names = list(known)
+    for name, own in columns.items():
+        if name not in names:
+            raise DataError(
+                f"columns: no row has anything in {own!r}{nearest(own, names)}, which stands for {name!r}; mend the "
+                "name, or leave it out"
+            )
 
 
 def detect(row: Mapping[str, Any], options: DataOptions) -> Shape:

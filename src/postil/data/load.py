@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from postil.data.digests import RowDigests, row_digests
 from postil.data.encode import Draft, Tally, draft_chat, draft_pair, draft_text, encode
-from postil.data.formats import Chat, Pair, Shape, Text, detect, read_row, rename
+from postil.data.formats import Chat, Pair, Shape, Text, check_mapped, detect, read_row, rename
 from postil.data.options import DataOptions
 from postil.data.packs import Sample
 from postil.data.report import DataReport
@@ -24,11 +25,13 @@ _NAMED = 5  # bad lines that an error names
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Samples ready to be packed, in the source's order, the report of how they came to be, and the options."""
+    """Samples ready to be packed, in the source's order, the report of how they came to be, the options, and the
+    digests of what each row (by its number) asks and answers."""
 
     samples: list[Sample]
     report: DataReport
     options: DataOptions = field(default_factory=DataOptions)
+    digests: dict[int, RowDigests] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class _Reading:
     columns: dict[str, None] = field(default_factory=dict)
     weighted: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
+    digests: dict[int, RowDigests] = field(default_factory=dict)
 
 
 def load_data(
@@ -70,6 +74,7 @@ def load_data(
         raise DataError(f"{opened.name} is empty: it has no row.")
     if reading.bad and not (options.skip_bad_lines and reading.drafts):
         raise DataError(_bad_message(opened, reading, options.skip_bad_lines))
+    check_mapped(options.columns, reading.columns)
     if options.too_long == "split" and reading.format != "text":
         raise DataError(f"too_long: split is for text rows only, and {opened.name} has {reading.format} rows.")
     tally = Tally()
@@ -85,7 +90,8 @@ def load_data(
             f"({limit} tokens), {len(tally.no_target)} have no token with loss within it."
         )
     bad_file = _write_bad(opened, reading.bad, side_directory)
-    return Dataset(samples, _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file), options)
+    report = _report(opened, reading, samples, tally, tokenizer, options, limit, bad_file)
+    return Dataset(samples, report, options, reading.digests)
 
 
 def _tokenizer_of(given: Any, context: int | None) -> tuple[Any, int | None]:
@@ -128,6 +134,7 @@ def _draft_row(row: Row, reading: _Reading, tokenizer: Any, options: DataOptions
     if isinstance(example, Chat):
         reading.weighted += _has_weights(example)
     reading.format, draft = draft_of(row.number, example, tokenizer, options)
+    reading.digests[row.number] = row_digests(example)
     return draft
 
 

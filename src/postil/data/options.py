@@ -1,4 +1,4 @@
-"""How rows become samples: the settings a recipe's `data` section holds."""
+"""How rows become samples: the settings that a recipe's `rows` hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DataOptions(Settings):
 
     model_config = ConfigDict(strict=True)
     error: ClassVar[type[PostilError]] = DataError
-    where: ClassVar[str] = "data"
+    where: ClassVar[str] = "rows"
 
     format: Literal["auto", "chat", "prompt", "raw", "text"] = "auto"
     separator: str = "\n"

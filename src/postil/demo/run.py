@@ -21,7 +21,7 @@ from postil.demo.lanes import lanes, losses_of, trained_of
 from postil.demo.report import picture, write_report
 from postil.demo.teams import TEAMS, Team
 from postil.demo.work import GENERAL, Plan, Trained, Watch, losses, train_team
-from postil.engine import Engine
+from postil.engine import Engine, unbroken
 from postil.files import check_vacant, write_json, write_text
 from postil.judging.asking.likelihoods import Losses, mean_nats
 from postil.judging.bootstrap import compare
@@ -188,7 +188,7 @@ def _answered(model: AdaptedModel, plan: Plan, results: list[TeamResult]) -> tup
             places += [(result, adapter)] * len(rows)
     began = time.perf_counter()
     with Engine(model, max_batch=128) as engine:
-        answers = engine.run(requests)
+        answers = unbroken(engine.run(requests))
     seconds = time.perf_counter() - began
     for result in results:
         rows = result.team.rows("test", plan.rows)

@@ -25,7 +25,14 @@ def _advance(rows: Sequence[Row], logits: torch.Tensor) -> None:
         row.push(choice)
 
 
-def spans_of_rows(rows: Sequence[Row], lengths: Sequence[int]) -> Spans:
+def _fail_without_adapter(model: AdaptedModel, rows: Iterable[Row]) -> None:
+    """Break off the rows whose adapter was removed: their slot is nobody's now."""
+    for row in rows:
+        if row.slot >= 0 and not model.holds(row.slot):
+            row.fail(f"the adapter {row.request.adapter!r} was removed while its answer was being written: ask again")
+
+
+def adapter_spans(rows: Sequence[Row], lengths: Sequence[int]) -> Spans:
     """One span per run of rows with the same adapter; none for rows of the base."""
     spans, start = [], 0
     for slot, run in itertools.groupby(zip(rows, lengths, strict=True), key=lambda pair: pair[0].slot):
@@ -37,10 +44,10 @@ def spans_of_rows(rows: Sequence[Row], lengths: Sequence[int]) -> Spans:
 
 
 class Batch:
-    """Continuous batching: running rows lie in cache slots 0, 1, … in batch order, sorted by adapter.
+    """Continuous batching: rows run sorted by adapter, each with its own keys and values in the store.
 
     A step is one forward pass: prompts that fill the free places if any wait, else one token for every
-    running row. A finished row leaves at once and the others close ranks.
+    running row. A finished row leaves at once, and one that breaks off, alone.
     """
 
     def __init__(self, model: AdaptedModel, rows: Iterable[Row], max_batch: int) -> None:
@@ -48,7 +55,7 @@ class Batch:
         self.waiting = deque(rows)
         self.running: list[Row] = []
         self.places = min(max_batch, len(self.waiting))
-        self.store = KeyValueStore(self.places, max((row.limit for row in self.waiting), default=0))
+        self.store = KeyValueStore()
 
     @property
     def busy(self) -> bool:
@@ -57,11 +64,15 @@ class Batch:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One forward pass. Raises what the model raises."""
-        if self.waiting and len(self.running) < self.places:
-            self._prefill()
-        else:
-            self._decode()
+        """One forward pass, in the model's turn. Raises what the model raises."""
+        with self.model.turn:
+            _fail_without_adapter(self.model, [*self.running, *self.waiting])
+            self.waiting = deque(row for row in self.waiting if row.finish is None)
+            self._close_ranks()
+            if self.waiting and len(self.running) < self.places:
+                self._prefill()
+            elif self.running:
+                self._decode()
 
     def _prefill(self) -> None:
         first = len(self.running)
@@ -74,47 +85,52 @@ class Batch:
             rows.append(self.waiting.popleft())
         rows.sort(key=lambda row: row.slot)
         lengths = [len(row.prompt) for row in rows]
-        self.store.reserve(max(lengths), [row.length for row in self.running])
-        capacity = self.store.capacity
-        ends = list(itertools.accumulate(lengths))
-        segments = tuple(
-            Segment(end - length, end, slot * capacity, slot * capacity + length)
-            for slot, (length, end) in enumerate(zip(lengths, ends, strict=True), first)
-        )
+        self.running += rows
+        self._reserve([*[row.length for row in self.running[:first]], *[0] * len(rows)], first)
         ids = [token for row in rows for token in row.prompt]
         positions = [position for length in lengths for position in range(length)]
-        self._forward(rows, ids, positions, segments, lengths)
-        self.running += rows
+        self._forward(rows, ids, positions, lengths, self.store.starts[first:])
         self._close_ranks()
 
     def _decode(self) -> None:
         rows = self.running
         lengths = [row.length for row in rows]
-        self.store.reserve(max(lengths) + 1, lengths)
-        capacity = self.store.capacity
-        segments = tuple(
-            Segment(slot, slot + 1, slot * capacity, slot * capacity + length + 1)
-            for slot, length in enumerate(lengths)
-        )
-        self._forward(rows, [row.ids[-1] for row in rows], lengths, segments, [1] * len(rows))
+        self._reserve(lengths, len(rows))
+        self._forward(rows, [row.ids[-1] for row in rows], lengths, [1] * len(rows), self.store.starts)
         if any(row.finish for row in rows):
             self._close_ranks()
+
+    def _reserve(self, used: Sequence[int], decoding: int) -> None:
+        """Room for one more token of the rows that decode, and for the prompts of those after them."""
+        needed = [
+            length + 1 if n < decoding else len(row.prompt)
+            for n, (row, length) in enumerate(zip(self.running, used, strict=True))
+        ]
+        self.store.reserve(used, needed, [row.limit for row in self.running])
 
     def _forward(
         self,
         rows: Sequence[Row],
         ids: Sequence[int],
         positions: Sequence[int],
-        segments: tuple[Segment, ...],
         lengths: Sequence[int],
+        starts: Sequence[int],
     ) -> None:
-        """Run the flat batch, store its keys and values, and push each row's next token."""
+        """Run the flat batch, store its keys and values, and push each row's next token.
+
+        lengths: new tokens of each row; starts: the first row of each in the store.
+        """
         device = self.model.base.device
-        placed = [(segment.k1 - (segment.q1 - segment.q0), segment.k1) for segment in segments]
-        self.store.write_rows = torch.tensor([n for start, end in placed for n in range(start, end)], device=device)
-        spans = spans_of_rows(rows, lengths)
+        segments, written, first = [], list[int](), 0
+        for length, start in zip(lengths, starts, strict=True):
+            end = start + positions[first + length - 1] + 1
+            segments.append(Segment(first, first + length, start, end))
+            written += range(end - length, end)
+            first += length
+        self.store.write_rows = torch.tensor(written, device=device)
+        spans = adapter_spans(rows, lengths)
         last = [segment.q1 - 1 for segment in segments]
-        with self.model.using(Layout(segments, spans, self.store)):
+        with self.model.using(Layout(tuple(segments), spans, self.store)):
             hidden = self.model.hidden(torch.tensor(ids, device=device), torch.tensor(positions, device=device))
             if len(last) < hidden.shape[0]:
                 hidden, spans = hidden[torch.tensor(last, device=device)], spans.take(last)
@@ -122,13 +138,12 @@ class Batch:
         _advance(rows, logits)
 
     def _close_ranks(self) -> None:
-        """Drop finished rows; the rest move to slots 0, 1, … in the order of their adapters."""
+        """Drop finished rows; the rest run on in the order of their adapters."""
         kept = sorted(
-            (slot for slot, row in enumerate(self.running) if row.finish is None),
-            key=lambda slot: self.running[slot].slot,
+            (n for n, row in enumerate(self.running) if row.finish is None), key=lambda n: self.running[n].slot
         )
-        self.running = [self.running[slot] for slot in kept]
-        self.store.arrange(kept, max((row.length for row in self.running), default=0))
+        self.running = [self.running[n] for n in kept]
+        self.store.keep(kept)
 
 
 class OneByOne:
@@ -148,8 +163,17 @@ class OneByOne:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One forward pass of the first unfinished row."""
-        row = self.waiting[0]
+        """One forward pass of the first unfinished row, in the model's turn."""
+        with self.model.turn:
+            row = self.waiting[0]
+            _fail_without_adapter(self.model, [row])
+            if row.finish is None:
+                self._forward(row)
+            if row.finish:
+                self.waiting.popleft()
+                self.cache = None
+
+    def _forward(self, row: Row) -> None:
         new = row.ids[-1:] if self.cache is not None else []  # without a cache, all of it again
         ids = torch.tensor([new or [*row.prompt, *row.ids]], device=self.model.base.device)
         before = self.model.active
@@ -160,6 +184,3 @@ class OneByOne:
             self.model.active = before
         self.cache = getattr(out, "past_key_values", None)
         _advance([row], out.logits[0, -1:])
-        if row.finish:
-            self.waiting.popleft()
-            self.cache = None

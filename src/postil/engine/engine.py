@@ -12,7 +12,7 @@ from postil.adapter import AdaptedModel, Adapter, attach, detach
 from postil.base import Base
 from postil.data.template import end_of_turn
 from postil.engine.batch import Batch, OneByOne
-from postil.engine.request import Answer, Request, check_request, prompt_ids
+from postil.engine.request import Answer, Request, check_request, prompt_ids, unbroken
 from postil.engine.row import Row
 from postil.errors import RequestError
 
@@ -76,22 +76,31 @@ class Engine:
         """The names that a request may give."""
         return list(self.model.residents)
 
-    def run(self, requests: Sequence[Request], done: Callable[[int], None] = lambda _: None) -> list[Answer]:
-        """Answers in the order of the requests. Raises RequestError before any work is done.
+    def run(
+        self,
+        requests: Sequence[Request],
+        done: Callable[[int], None] = lambda _: None,
+        finished: Callable[[int, Answer], None] = lambda _, __: None,
+    ) -> list[Answer]:
+        """Answers in the order of the requests, those that broke off among them (`unbroken` refuses these).
+        Raises RequestError before any work is done.
 
-        done: told after each step how many answers are finished.
+        done: told after each step how many answers are finished. finished: told each answer then, with its place.
         """
         rows = [self._row(request, number) for number, request in enumerate(requests, 1)]
         work = self._work(rows)
+        left = dict(enumerate(rows))
         while work.busy:
             work.step()
-            done(sum(row.finish is not None for row in rows))
+            for place in [place for place, row in left.items() if row.finish is not None]:
+                finished(place, left.pop(place).answer())
+            done(len(rows) - len(left))
         return [row.answer() for row in rows]
 
     def stream(self, request: Request) -> Iterator[str]:
         """The answer's text in pieces as they come; joined, they are the text that `run` gives.
 
-        Raises RequestError at the call itself, not at the first piece.
+        Raises RequestError at the call itself, not at the first piece, and AnswerError where the answer breaks off.
         """
         if self.model.base.tokenizer is None:
             raise RequestError("the base has no tokenizer, so there is no text to stream: use run")
@@ -111,7 +120,7 @@ class Engine:
         return self._text(Request(prompt=prompt, adapter=adapter, raw=True, **settings))
 
     def _text(self, request: Request) -> str:
-        return self.run([request])[0].text
+        return unbroken(self.run([request]))[0].text
 
     def _pieces(self, row: Row, work: Batch | OneByOne) -> Iterator[str]:
         while work.busy:
@@ -119,6 +128,7 @@ class Engine:
             work.step()
             if piece := row.piece():
                 yield piece
+        unbroken([row.answer()])
 
     def _row(self, request: Request, number: int, streams: bool = False) -> Row:
         self._check_open()

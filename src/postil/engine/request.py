@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from postil.data import encode_prompt, render
-from postil.errors import DataError, RequestError, listed, nearest
+from postil.errors import AnswerError, DataError, RequestError, listed, nearest
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Request:
     conversation (with `tools` that may be called). adapter: a name, or None for the bare base.
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; `seed` alone decides a sampled answer.
     stop: the answer ends before the first of these strings. logprobs: give each token's log-probability. label:
-    what errors call it, such as a file and line (empty: its number among those asked together).
+    what errors call it, such as a file and line (empty: its number among those asked together). An answer that
+    breaks off on its way (its Answer's `error`) breaks off alone: others asked with it never notice.
     """
 
     ids: Sequence[int] | None = None
@@ -49,8 +50,10 @@ class Answer:
 
     text: without the end-of-sequence token and without a stop string (empty where there is no tokenizer).
     ids: the new tokens, without the end-of-sequence token. finish_reason: "stop" (the model ended, or a
-    stop string came) or "length". margins: per decision the difference of the two best logits, the decision
-    to end included. logprobs: natural log-probabilities of `ids` under the model (temperature 1), or None.
+    stop string came), "length", or "error": it broke off, `error` says in a sentence why (no next token, as the
+    values were not finite; its adapter was removed meanwhile), and text and ids are what there was until then.
+    margins: per decision the difference of the two best logits, the decision to end included. logprobs: natural
+    log-probabilities of `ids` under the model (temperature 1), or None.
     """
 
     text: str
@@ -60,6 +63,16 @@ class Answer:
     prompt_tokens: int
     margins: tuple[float, ...]
     logprobs: tuple[float, ...] | None = None
+    error: str | None = None
+
+
+def unbroken(answers: Sequence[Answer]) -> list[Answer]:
+    """The same answers. Raises AnswerError where one broke off: how many did, and why the first."""
+    broken = [answer.error for answer in answers if answer.error is not None]
+    if broken:
+        rest = f" ({len(broken)} of {len(answers)} answers broke off)" if len(answers) > 1 else ""
+        raise AnswerError(f"{broken[0]}{rest}")
+    return list(answers)
 
 
 def prompt_ids(request: Request, number: int, tokenizer: Any) -> list[int]:

@@ -15,7 +15,10 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows the first bytes 
 
 @dataclass(slots=True)
 class Row:
-    """One request between its prompt and its answer. `slot`: its adapter's slot in the bank, -1 for the base."""
+    """One request between its prompt and its answer.
+
+    slot: its adapter's slot, -1 for the base. Slots never come again: a row whose adapter was removed finds none.
+    """
 
     request: Request
     prompt: list[int]
@@ -27,6 +30,7 @@ class Row:
     margins: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: FinishReason | None = None
+    error: str | None = None
     generator: torch.Generator | None = None
     text: str = ""
     given: int = 0  # characters of the text that `piece` gave out
@@ -44,8 +48,15 @@ class Row:
         """The tokens whose keys are stored once the prompt is: all but the newest."""
         return len(self.prompt) + len(self.ids) - 1
 
-    def push(self, choice: Choice) -> None:
-        """Take the next token, and see whether it was the last."""
+    def push(self, choice: Choice | None) -> None:
+        """Take the next token, and see whether it was the last; no choice breaks the answer off."""
+        if choice is None:
+            who = "the base" if self.request.adapter is None else f"the adapter {self.request.adapter!r}"
+            self.fail(
+                f"{who} gave values that are not finite (NaN or infinite) after {len(self.ids)} tokens of an answer: "
+                "its numbers overflow, or are broken; try the base in float32, or train the adapter again"
+            )
+            return
         self.margins.append(choice.margin)
         if choice.token in self.eos:
             self.finish = "stop"
@@ -57,6 +68,12 @@ class Row:
                 self.finish = "length"
         if self.tokenizer is not None and (self.streams or self.request.stop or self.finish):
             self._read()
+
+    def fail(self, error: str) -> None:
+        """Break the answer off, with what there is of it."""
+        if self.tokenizer is not None and self.ids:
+            self._read()
+        self.finish, self.error = "error", error
 
     def _read(self) -> None:
         self.text = self._decoded(self.ids)
@@ -98,4 +115,5 @@ class Row:
             prompt_tokens=len(self.prompt),
             margins=tuple(self.margins),
             logprobs=tuple(self.logprobs) if self.request.logprobs else None,
+            error=self.error,
         )

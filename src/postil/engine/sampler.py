@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,20 +32,22 @@ def choose(
     logits: Float[torch.Tensor, "rows vocabulary"],
     requests: Sequence[Request],
     generators: Sequence[torch.Generator | None],
-) -> list[Choice]:
-    """The next token of each row; argmax in float32 where the row has no generator."""
+) -> list[Choice | None]:
+    """The next token of each row; argmax in float32 where the row has no generator. None where a row has none to
+    choose: its largest logit is no finite number (a NaN counts as the largest)."""
     logits = logits.float()
     tokens = logits.argmax(-1).tolist()
     best = logits.topk(2, -1).values
     margins = (best[:, 0] - best[:, 1]).tolist()
-    for row, (request, generator) in enumerate(zip(requests, generators, strict=True)):
-        if generator is not None:
-            tokens[row] = draw(logits[row], request, generator)
-    logprobs: list[float | None] = [None] * len(tokens)
-    for row, request in enumerate(requests):
-        if request.logprobs:
-            logprobs[row] = float(logits[row, tokens[row]] - logits[row].logsumexp(-1))
-    return [Choice(*parts) for parts in zip(tokens, margins, logprobs, strict=True)]
+    choices: list[Choice | None] = []
+    for row, (request, generator, top) in enumerate(zip(requests, generators, best[:, 0].tolist(), strict=True)):
+        if not math.isfinite(top):
+            choices.append(None)
+            continue
+        token = tokens[row] if generator is None else draw(logits[row], request, generator)
+        logprob = float(logits[row, token] - logits[row].logsumexp(-1)) if request.logprobs else None
+        choices.append(Choice(token, margins[row], logprob))
+    return choices
 
 
 def draw(logits: Float[torch.Tensor, " vocabulary"], request: Request, generator: torch.Generator) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postil.errors import JudgeError
-from postil.judging.card.model import Comparison, Estimate, Verdict, rows_needed
+from postil.judging.card.model import Comparison, Estimate, rows_needed, verdict_of
 from postil.judging.metrics.metric import Metric, Statistics
 from postil.seeds import derive
 
@@ -49,17 +49,16 @@ def compare(
     """Adapter beside base on the same rows, both [rows, k]: values, their difference, intervals, and the verdict.
 
     Paired: each resample draws the same rows for both (Koehn 2004; what sacrebleu does). With several looks at one
-    set, slices for instance, every interval's level is raised to 1 - (1 - level) / looks (Bonferroni), and the
-    Comparison says so. The verdict is "better" or "worse" only where the difference's interval leaves out zero.
-    Where fewer rows changed than a sign test needs (2 · 0.5^m ≤ 1 - level: six at 95%), the interval is made to hold
-    zero, since the bootstrap is too sure there. `detectable` is the smallest difference that would have been shown
-    with 80% power: (z_{1-a/2} + z_{0.8}) · standard error. Rows that a measure does not count (zeros on both sides: a
-    row that wants a call, to the measure of refusals) are left out; `rows` is 0 where it counts none. The same seed
-    gives the same result. Raises JudgeError as
-    `estimate`, and where the two were not measured on the same rows.
+    set, slices for instance, the difference has a second interval, `corrected`, at the level 1 - (1 - level) / looks
+    (Bonferroni). The verdict is "worse" where the plain interval leaves out zero, so that no number of looks hides
+    harm, and "better" only where the corrected one does. Where fewer rows changed than a sign test needs
+    (2 · 0.5^m ≤ 1 - level: six at 95%), the interval is made to hold zero, since the bootstrap is too sure there.
+    `detectable` is the smallest gain that would have been shown with 80% power: (z_{1-a/2} + z_{0.8}) · standard
+    error. Rows that a measure does not count (zeros on both sides: a row that wants a call, to the measure of
+    refusals) are left out; `rows` is 0 where it counts none. The same seed gives the same result. Raises JudgeError
+    as `estimate`, and where the two were not measured on the same rows.
     """
     base, adapter = _checked(base, resamples, level, looks), _checked(adapter, resamples, level, looks)
-    level = level if looks == 1 else 1 - (1 - level) / looks
     if base.shape != adapter.shape:
         raise JudgeError(
             f"base and adapter must be measured on the same rows; {metric.name} has {base.shape[0]} rows × "
@@ -71,10 +70,18 @@ def compare(
     before = _estimate(metric, base, drawn_base, level)
     after = _estimate(metric, adapter, drawn_adapter, level)
     gap = after.value - before.value
-    low, high = _interval(gap, drawn_adapter - drawn_base, level, rows)
-    needed = rows_needed(level)
-    if int((base != adapter).any(axis=1).sum()) < needed:
-        low, high = min(low, 0.0), max(high, 0.0)
+    changed = int((base != adapter).any(axis=1).sum())
+
+    def interval(at: float) -> tuple[float, float]:
+        low, high = _interval(gap, drawn_adapter - drawn_base, at, rows)
+        return (min(low, 0.0), max(high, 0.0)) if changed < rows_needed(at) else (low, high)
+
+    low, high = interval(level)
+    difference, corrected = Estimate(value=gap, low=low, high=high), None
+    strict = level if looks == 1 else 1 - (1 - level) / looks
+    if looks > 1:
+        wider = interval(strict)
+        corrected = Estimate(value=gap, low=min(low, wider[0]), high=max(high, wider[1]))
     return Comparison(
         metric=metric.name,
         better=metric.better,
@@ -82,18 +89,30 @@ def compare(
         rows=rows if base.any() or adapter.any() else 0,
         base=before,
         adapter=after,
-        difference=Estimate(value=gap, low=low, high=high),
+        difference=difference,
+        corrected=corrected,
         level=level,
-        verdict=verdict(metric, low, high),
-        detectable=_detectable(metric, gap, drawn_base, drawn_adapter, rows, level),
+        verdict=verdict_of(metric.better, difference, corrected),
+        detectable=_detectable(metric, gap, drawn_base, drawn_adapter, rows, strict),
     )
 
 
-def verdict(metric: Metric, low: float, high: float) -> Verdict:
-    """What the interval [low, high] of the difference (adapter minus base) says, as the metric is better."""
-    if low <= 0 <= high or math.isnan(low) or math.isnan(high):
-        return "no evidence"
-    return "better" if (low > 0) == (metric.sign > 0) else "worse"
+def row_values(metric: Metric, stats: Statistics) -> Values:
+    """Each row's own part in the value of `stats` [rows, k]: jackknife pseudo-values (Efron and Tibshirani 1993,
+    section 11.5), n · value - (n - 1) · value without the row; NaN for a row that the measure does not count.
+
+    For a mean they are the rows' own values. So two systems are compared row by row by their means, whatever the
+    measure, without its statistics being kept.
+    """
+    used = stats.any(axis=1)
+    counted, out = int(used.sum()), np.full(len(stats), math.nan)
+    if counted == 1:
+        out[used] = _value(metric, stats.sum(axis=0))
+    elif counted:
+        sums = stats.sum(axis=0)
+        without = np.asarray(metric.value(sums - stats[used]), dtype=np.float64)
+        out[used] = counted * _value(metric, sums) - (counted - 1) * without
+    return out
 
 
 def _detectable(metric: Metric, gap: float, base: Values, adapter: Values, rows: int, level: float) -> float:
@@ -140,8 +159,8 @@ def _interval(value: float, drawn: Values, level: float, rows: int) -> tuple[flo
         z = _student(z, rows - 1) * math.sqrt(rows / (rows - 1))
     tail = NormalDist().cdf(-z)
     if tail * len(drawn) >= _LEAST_TAIL:
-        low, high = np.quantile(drawn, [tail, 1 - tail])
-        return float(low), float(high)
+        low, high = (float(end) for end in np.quantile(drawn, [tail, 1 - tail]))
+        return min(low, value), max(high, value)
     half = z * float(drawn.std())
     return value - half, value + half
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -17,9 +17,11 @@ class GeneralOptions(Settings):
     """What is measured of general ability.
 
     tokens: of running text, from its beginning (null: all); window: tokens that see each other. kl: also how far
-    the next-token distributions lie from the base's. prompt: what leads to a choice, `{context}` in it; where
-    the context holds one `_`, each choice is put in its place instead and the rest of the sentence is scored.
+    the next-token distributions lie from the base's. prompt: what leads to a choice, `{context}` in it; where a
+    row's column `cloze` is true (or each context of a file holds one lone `_`) the choice fills that blank instead,
+    and the rest of the sentence is scored.
     choices, pairs: at most this many, by chance from the seed; pairs_each: of every `paradigm` at most this many.
+    chat_tokens: of the base's own answers to the chat prompts.
     """
 
     where: ClassVar[str] = "general"
@@ -32,6 +34,7 @@ class GeneralOptions(Settings):
     choices: int | None = Field(default=None, ge=1)
     pairs: int | None = Field(default=None, ge=1)
     pairs_each: int | None = Field(default=None, ge=1)
+    chat_tokens: int = Field(default=48, ge=1)
 
     @field_validator("prompt")
     @classmethod
@@ -79,11 +82,14 @@ class JudgeOptions(Settings):
     limit: at most this many prompts, by chance from the seed. max_new_tokens: null is a quarter more than the
         longest reference and 8. stop: null is a newline for raw rows (a blank line where an answer has newlines).
     slices: columns whose values are looked at apart, from `smallest_slice` rows on.
-    shots: examples in the base's few-shot prompt.
+    shots: examples in the base's few-shot prompt; null is 4 where the training rows are known (given, or as the
+        adapter's recipe names them), 0 asks without.
+    scope: what the adapter is for: anything that its base answers (assistant), or its own task alone (task), which
+        is then on its card and of which no damage to chat is refused.
     null: random adapters of equal norm (0, or 2 and more); curve: scales of the adapter's term to measure.
         null_answers, curve_answers: generate answers there too, not only likelihoods (slow).
-    batch: rows that decode together. fresh: ask the bare base anew, though what it said to an earlier judging of the
-        same questions is kept in the user's cache. level: of the intervals.
+    batch: rows that decode together. fresh: ask base and adapter anew, though what they said to an earlier judging of
+        the same questions is kept in the user's cache. level: of the intervals.
     """
 
     where: ClassVar[str] = "judge"
@@ -97,7 +103,8 @@ class JudgeOptions(Settings):
     stop: tuple[str, ...] | None = None
     slices: tuple[str, ...] = ()
     smallest_slice: int = Field(default=10, ge=2)
-    shots: int = Field(default=0, ge=0)
+    shots: int | None = Field(default=None, ge=0)
+    scope: Literal["assistant", "task"] = "assistant"
     null: int = Field(default=0, ge=0)
     null_answers: bool = False
     curve: tuple[float, ...] = ()

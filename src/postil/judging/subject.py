@@ -36,7 +36,7 @@ class Subject:
     sha256: str
     adapter: Adapter | None = None
     directory: Path | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)  # what its files tell of the training
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -45,9 +45,22 @@ class Subject:
         return {} if self.name is None else {self.name: 1.0}
 
     @property
+    def digest(self) -> str:
+        """What answers for what is judged: its bytes and, of a whole model, the form that it is held in."""
+        if self.name is not None:
+            return self.sha256
+        return f"{self.sha256} {self.model.base.fingerprint().form} {self.model.base.dtype}"
+
+    @property
     def other(self) -> AdaptedModel | None:
         """The base where it is another model than the one judged."""
         return None if self.name is not None else self.base
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe that it was trained by; empty where that is not known."""
+        found = self.card.get("recipe")
+        return found if isinstance(found, dict) else {}
 
     def rows(self) -> DataOptions:
         """How the recipe read its rows; the defaults where there is no recipe. Raises JudgeError for an odd one."""
@@ -111,8 +124,7 @@ def _resident(model: AdaptedModel, source: Adapter | str | Path, force: bool) ->
     if isinstance(source, str):
         adapter = model.export(source)
         note = f"{source!r} was judged as it is resident: its files get no card"
-        recipe = dict(adapter.card.get("recipe") or {})
-        yield Subject(model, model, source, adapter_sha256(adapter), adapter, None, recipe, [note])
+        yield Subject(model, model, source, adapter_sha256(adapter), adapter, None, dict(adapter.card), [note])
         return
     directory = source if isinstance(source, Path) else None
     adapter = load_adapter(source) if isinstance(source, Path) else source
@@ -122,7 +134,7 @@ def _resident(model: AdaptedModel, source: Adapter | str | Path, force: bool) ->
     model.active = {}
     try:
         sha256 = adapter_sha256(directory or adapter)
-        yield Subject(model, model, name, sha256, adapter, directory, dict(adapter.card.get("recipe") or {}), notes)
+        yield Subject(model, model, name, sha256, adapter, directory, dict(adapter.card), notes)
     finally:
         model.remove(name)
 
@@ -138,15 +150,9 @@ def _beside(model: AdaptedModel, other: Base) -> Iterator[Subject]:
     try:
         directory = other.directory
         yield Subject(model, second, None, other.fingerprint().source.removeprefix("sha256:"), None, directory,
-                      _recipe_of(directory))  # fmt: skip
+                      _own(directory / OWN) if directory is not None else {})  # fmt: skip
     finally:
         detach(second)
-
-
-def _recipe_of(directory: Path | None) -> dict[str, Any]:
-    """The recipe in the postil.json of a fine-tuned model; empty where there is none."""
-    found = _own(directory / OWN).get("recipe") if directory is not None else None
-    return found if isinstance(found, dict) else {}
 
 
 def _own(file: Path) -> dict[str, Any]:

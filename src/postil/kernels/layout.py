@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from postil.errors import InternalError
 
@@ -18,7 +18,7 @@ class Span:
     """Rows `start`..`end` of the batch use the adapter in `slot`, its term multiplied by `scale`.
 
     The adapter's own alpha/r lies in its bank; `scale` is the weight of a combination (1 alone).
-    `seed` names the dropout mask of these rows (only read where the slot has dropout).
+    `seed` names the dropout masks of these rows, 0: none (only read where the slot has dropout).
     """
 
     start: int
@@ -28,21 +28,39 @@ class Span:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Which row of its whole step each row of a batch is (int64 [rows]): what dropout's masks are counted by, so that
+    they do not depend on how the step is split into packs, sequences or chunks. Equal to itself alone."""
+
+    numbers: Int[torch.Tensor, " rows"]
+
+
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The spans of one forward pass. Rows in no span get the base alone; spans may overlap."""
+    """The spans of one forward pass. Rows in no span get the base alone; spans may overlap.
+
+    rows: None where the batch's own rows 0, 1, … are the step's.
+    """
 
     items: tuple[Span, ...] = ()
+    rows: Rows | None = None
 
     @classmethod
-    def of(cls, items: Iterable[Span]) -> Spans:
+    def of(cls, items: Iterable[Span], rows: Rows | None = None) -> Spans:
         """Spans without the empty ones."""
-        return cls(tuple(item for item in items if item.end > item.start))
+        return cls(tuple(item for item in items if item.end > item.start), rows)
+
+    def numbers(self, span: Span, device: torch.device) -> Int[torch.Tensor, " n"]:
+        """The numbers of a span's rows in the whole step, int64 on `device`."""
+        if self.rows is None:
+            return torch.arange(span.start, span.end, device=device)
+        return self.rows.numbers[span.start : span.end].to(device)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Spans:
         """The spans of a batch made of the given rows (ascending) of this one."""
         index = np.asarray(rows, dtype=np.int64)
-        return Spans.of(
+        taken = (
             replace(
                 item,
                 start=int(np.searchsorted(index, item.start, side="left")),
@@ -50,20 +68,20 @@ class Spans:
             )
             for item in self.items
         )
+        return Spans.of(taken, self._chosen(torch.from_numpy(index)))
 
     def within(self, start: int, end: int) -> Spans:
         """The spans of rows `start`..`end` alone, counted from `start`."""
-        return Spans.of(
+        cut = (
             replace(item, start=max(item.start, start) - start, end=min(item.end, end) - start) for item in self.items
         )
+        return Spans.of(cut, self._chosen(torch.arange(start, end)))
 
-    def table(self, device: torch.device | str = "cpu") -> tuple[Int[torch.Tensor, "n 3"], Float[torch.Tensor, " n"]]:
-        """int32 [n, 3] (first row, end row, slot) and float32 scale [n]: what a device kernel reads."""
-        rows = [(item.start, item.end, item.slot) for item in self.items]
-        return (
-            torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3),
-            torch.tensor([item.scale for item in self.items], dtype=torch.float32, device=device),
-        )
+    def _chosen(self, index: Int[torch.Tensor, " n"]) -> Rows | None:
+        """The step's rows of the batch's rows `index`; None where no span has dropout."""
+        if not any(item.seed for item in self.items):
+            return None
+        return Rows(index if self.rows is None else self.rows.numbers[index.to(self.rows.numbers.device)])
 
     def check(self, rows: int) -> None:
         """Raise InternalError when a span lies outside a batch of `rows` rows."""

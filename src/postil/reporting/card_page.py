@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from html import escape
 
 from postil.judging.card.model import Comparison, Estimate, Part, ScoreCard
+from postil.judging.gate.margins import bound, held
+from postil.reporting.card_words import number
 from postil.reporting.curves import Line, chart, interval, legend
 from postil.reporting.page import figure, table
 
-HEAD = ("measure", "base", "few-shot", "adapter", "difference", "", "verdict", "visible from", "rows")
-NUMERIC = (1, 2, 3, 4, 7, 8)
+HEAD = ("measure", "base", "few-shot", "adapter", "difference", "", "verdict", "allowed", "visible from", "rows")
+VERDICTS = {"better": "better", "no evidence": "not shown to be better", "worse": "worse"}
+NUMERIC = (1, 2, 3, 4, 7, 8, 9)
 
 
 def card_html(card: ScoreCard) -> Iterator[str]:
@@ -20,13 +23,17 @@ def card_html(card: ScoreCard) -> Iterator[str]:
     rows = []
     for path, part in parts.items():
         for name, measure in part.measures.items():
-            rows.append(_row(f"<b>{escape(path)}</b>.{escape(name)}", measure, part.few_shot.get(name)))
+            shown = f"<b>{escape(path)}</b>.{escape(name)}"
+            rows.append(_row(shown, measure, part.few_shot.get(name), most_of(path, part, name)))
     yield table(HEAD, rows, NUMERIC)
     yield (
         '<p class="asked">Intervals of the difference, adapter less base, by a paired bootstrap over rows; a verdict '
-        "is given only where the interval leaves out zero. Visible from: the smallest difference that so many rows "
-        "would have shown with 80% power.</p>"
+        "is given only where the interval leaves out zero. Allowed: what the gate lets a measure lose, by the "
+        "interval's harmful end. Visible from: the smallest difference that so many rows would have shown with 80% "
+        "power.</p>"
     )
+    lines = [f"{escape(path)}: {escape(line)}" for path, part in parts.items() if (line := baseline_line(part))]
+    yield from (f"<p>{line}.</p>" for line in lines)
     for path, part in parts.items():
         yield from _slices(path, part)
     yield from _curve(card)
@@ -50,31 +57,27 @@ def card_html(card: ScoreCard) -> Iterator[str]:
     )
 
 
-def sentence(card: ScoreCard) -> str:
-    """The target's verdict and the general ones, as HTML."""
-    told = []
-    if card.target is not None:
-        told.append(_said("On its task", card.target, card.target.main))
-    for name in ("nats", "choices", "pairs"):
-        if name in card.general:
-            told.append(_said({"nats": "on general text", "choices": "on choices", "pairs": "on pairs"}[name],
-                              card.general[name], card.general[name].main))  # fmt: skip
-    text = "; ".join(told)
-    return f"{text[:1].upper()}{text[1:]}." if text else "Nothing was measured."
+def most_of(path: str, part: Part, name: str) -> str:
+    """How much worse the gate lets a general measure be by default; nothing where it does not ask for it."""
+    where = path.removeprefix("general.")
+    return bound(where, name, part.measures[name]) if where != path and name in held(where, part) else ""
 
 
-def _said(where: str, part: Part, name: str) -> str:
-    found = part.measures[name]
-    moved = f"{escape(name)} {number(found.base.value, found)} → {number(found.adapter.value, found)}"
-    return f"{where}: <b>{found.verdict}</b> ({moved} {escape(found.unit)})"
+def baseline_line(part: Part) -> str:
+    """The best of what needs no learning, with the adapter beside it; empty where nothing was tried."""
+    if part.best_baseline is None:
+        return ""
+    name, found = part.best_baseline
+    gap = found.difference
+    ends = f"{number(gap.value, found, '+')}, {number(gap.low, found, '+')} to {number(gap.high, found, '+')}"
+    tried = ", ".join(one.replace("_", " ") for one in part.baselines if part.main in part.baselines[one])
+    return (
+        f"best of the baselines ({tried}): {name.replace('_', ' ')}, {part.main} {number(found.base.value, found)}; "
+        f"the adapter is {VERDICTS[found.verdict]} ({ends})"
+    )
 
 
-def number(value: float, measure: Comparison, sign: str = "") -> str:
-    """A value of a measure with the digits that its unit deserves."""
-    return f"{value:{sign}.{1 if measure.unit in ('%', 'points') else 3}f}"
-
-
-def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
+def _row(name: str, found: Comparison, few: Estimate | None, most: str) -> list[str]:
     gap = found.difference
     reach = 1.25 * max(abs(gap.low), abs(gap.high), found.detectable)
     spread = f"; z {found.z:+.1f}" if found.z is not None else ""
@@ -87,6 +90,7 @@ def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
         f"{number(gap.value, found, '+')} ({number(gap.low, found, '+')} to {number(gap.high, found, '+')})",
         interval(gap.low, gap.value, gap.high, reach, up=found.better == "higher"),
         f'<span class="verdict{style}">{found.told}</span>{spread}',
+        escape(most),
         "too few rows" if found.too_few else f"{number(found.detectable, found)} {escape(found.unit)}",
         f"{found.rows:,}",
     ]
@@ -94,7 +98,12 @@ def _row(name: str, found: Comparison, few: Estimate | None) -> list[str]:
 
 def _slices(path: str, part: Part) -> Iterator[str]:
     for column, values in part.slices.items():
-        rows = [_row(escape(value), measures[part.main], None) for value, measures in values.items()]
+        where = path.removeprefix("general.")
+        rows = [
+            _row(escape(value), found, None, bound(where, part.main, found, sliced=True))
+            for value, measures in values.items()
+            if (found := measures.get(part.main)) is not None
+        ]
         yield (
             f"<details><summary>{escape(path)}.{escape(part.main)} by {escape(column)} ({len(rows)} values)</summary>"
             f"{table((column, *HEAD[1:]), rows, NUMERIC)}</details>"

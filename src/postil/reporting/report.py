@@ -10,7 +10,8 @@ from typing import Any
 from postil.errors import JudgeError
 from postil.files import write_text
 from postil.judging.card.model import Comparison
-from postil.reporting.card_page import card_html, number, sentence
+from postil.reporting.card_page import card_html
+from postil.reporting.card_words import number, sentence
 from postil.reporting.curves import Line, chart, legend, smooth
 from postil.reporting.page import figure, page, table
 from postil.reporting.reported import Reported, read_reported, run_of
@@ -58,7 +59,7 @@ def report_html(found: Sequence[Reported]) -> str:
 
 def _told(one: Reported) -> Iterator[str]:
     said = "Not judged yet: <code>postil judge</code> says whether it helped."
-    yield f'<p class="lead">{sentence(one.card) if one.card is not None else said}</p>'
+    yield f'<p class="lead">{escape(sentence(one.card)) if one.card is not None else said}</p>'
     facts = ", ".join(f"{escape(key)} {escape(value)}" for key, value in one.facts.items())
     yield f'<p class="asked">{facts}</p>' if facts else ""
     if one.card is not None:

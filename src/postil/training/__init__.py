@@ -3,6 +3,6 @@
 from postil.training.directory import read_recipe
 from postil.training.loop import Outcome, train
 from postil.training.options import TrainOptions
-from postil.training.recipe import Job, Recipe, prepare, with_settings
+from postil.training.recipe import Job, Recipe, prepare
 
-__all__ = ["Job", "Outcome", "Recipe", "TrainOptions", "prepare", "read_recipe", "train", "with_settings"]
+__all__ = ["Job", "Outcome", "Recipe", "TrainOptions", "prepare", "read_recipe", "train"]

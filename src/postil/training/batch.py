@@ -7,7 +7,7 @@ import torch
 from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
 from postil.data import Pack
-from postil.kernels.layout import Span, Spans
+from postil.kernels.layout import Rows, Span, Spans
 
 
 def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,9 +20,17 @@ def to_device(pack: Pack, model: AdaptedModel) -> tuple[torch.Tensor, torch.Tens
     )
 
 
-def spans_of(resident: Resident | None, tokens: int, seed: int = 0) -> Spans:
-    """One span of the adapter over a whole pack (none where every weight is trained); seed: of its dropout."""
-    return Spans((Span(0, tokens, resident.slot, 1.0, seed),)) if resident is not None else Spans()
+def spans_of(resident: Resident | None, tokens: int) -> Spans:
+    """One span of the adapter over a whole pack, without dropout (none where every weight is trained)."""
+    return Spans((Span(0, tokens, resident.slot),)) if resident is not None else Spans()
+
+
+def training_spans(resident: Resident | None, pack: Pack, seed: int) -> Spans:
+    """As spans_of, with dropout; seed: of the whole step, whose rows its masks are counted by."""
+    if resident is None or not resident.config.dropout:
+        return spans_of(resident, len(pack.ids))
+    rows = Rows(torch.from_numpy(pack.step_rows).to(resident.flat.device))
+    return Spans((Span(0, len(pack.ids), resident.slot, 1.0, seed),), rows)
 
 
 def shares(model: AdaptedModel, resident: Resident | None) -> bool:

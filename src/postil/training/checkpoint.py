@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from postil.data.packs import PACKING
 from postil.errors import RunError, listed
 from postil.files import atomic_directory, remove_leftovers, sha256_file, write_json
-from postil.kernels.dense import instructions
+from postil.training.identity import machine
 from postil.training.optimizer import AdamW
 
 TENSORS, MANIFEST = "state.safetensors", "manifest.json"
@@ -41,21 +39,6 @@ class Progress:
     free_loss: float | None = None
     free_rise: float | None = None
     scale: float = 1.0
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What decides the bytes beside recipe and data: another machine or version continues, with other bytes."""
-    gpu = device.type == "cuda"
-    return {
-        "device": device.type,
-        "GPU": torch.cuda.get_device_name(device) if gpu else None,
-        "CUDA": torch.version.cuda if gpu else None,
-        "threads": torch.get_num_threads(),
-        "instructions": instructions(),
-        "processor": platform.machine(),
-        "torch": torch.__version__,
-        "postil": version("postil"),
-    }
 
 
 def save_checkpoint(run: Path, optimizer: AdamW, progress: Progress, identity: str, keep: int) -> Path:

@@ -12,24 +12,10 @@ import yaml
 
 from postil.errors import PostilError, RecipeError, RunError, StorageError, listed
 from postil.files import remove_leftovers, write_text
+from postil.settings import read_yaml
 
 RECIPE = "recipe.yaml"
 _OWN = (".lock", RECIPE, "log.jsonl", "checkpoints")  # what a run's directory has from its beginning
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its dates: a run named 2024-05-01 is a name."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_yaml(text: str) -> Any:
-    """The plain value that a YAML text holds; dates stay text. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

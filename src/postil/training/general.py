@@ -1,4 +1,4 @@
-"""General text beside the target's rows: windows to watch, and windows that hold the adapter to its base."""
+"""General ability beside the target's rows, prose and chat: what is watched, and what an adapter is held to."""
 
 from __future__ import annotations
 
@@ -6,63 +6,106 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from postil.adapter.bank import Resident
-from postil.adapter.divergence import Bare, kl_to_base
-from postil.adapter.model import AdaptedModel
 from postil.base import Base
-from postil.data import Sample, epoch_steps
+from postil.data import Sample
+from postil.data.digests import Seen
 from postil.errors import RecipeError
-from postil.kernels.layout import Layout
 from postil.seeds import derive
-from postil.training.batch import spans_of, to_device
-from postil.training.optimizer import Trainable
 from postil.training.options import Settled, TrainOptions
 
 WINDOW = 512  # tokens of a watched window
+CHATS = 4  # watched conversations for each watched window
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """What must not get worse. prose: running text (the samples of one row are one document); chat: conversations,
+    loss on the base's own answer, or on the one that the row brought."""
+
+    prose: Sequence[Sample] = ()
+    chat: Sequence[Sample] = ()
+    sha256: str | None = None  # of the rows as read
+    seen: Seen | None = None  # their digests
+
+    def __len__(self) -> int:
+        return len(self.prose) + len(self.chat)
 
 
 @dataclass(frozen=True, slots=True)
 class General:
-    """Windows of general text, watched and held from different documents. A window's `row` is 0: it has none.
+    """Windows of prose and whole conversations, watched and held from different documents; a `row` is 0: they have
+    none.
 
     watched: at most options.watch_windows of WINDOW tokens; held: of options.general_tokens tokens each.
+    chat_watched: at most CHATS times as many conversations.
     """
 
     watched: tuple[Sample, ...]
     held: tuple[Sample, ...]
     documents: int
+    chat_watched: tuple[Sample, ...] = ()
+    chat_held: tuple[Sample, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[tuple[Sample, ...], ...]:
+        """Everything that is watched and held."""
+        return self.watched, self.held, self.chat_watched, self.chat_held
+
+    @property
+    def watched_tokens(self) -> int:
+        """All tokens of a look at what is watched."""
+        return sum(len(one.ids) for one in (*self.watched, *self.chat_watched))
 
     def mixed(self, options: Settled, step: int) -> list[Sample]:
-        """The windows that join the rows of step `step` (general_share), a pure function of seed and step."""
+        """The rows that join those of step `step` (general_share), half of them conversations where there are both
+        kinds, a pure function of seed and step."""
         count = max(1, round(options.general_share * options.batch_size)) if options.general_share else 0
-        return _drawn(self.held, options.seed, "mix", step, count)
+        chats = (count + step % 2) // 2 if self.held else count  # one alone is of each kind by turns
+        chats = chats if self.chat_held else 0
+        prose = _drawn(self.held, options.seed, "mix", step, count - chats) if count > chats else []
+        return prose + _drawn(self.chat_held, options.seed, "mix chat", step, chats)
 
-    def compared(self, options: TrainOptions, step: int) -> list[Sample]:
-        """The windows on which step `step` compares adapter and base (kl_weight), likewise."""
-        return _drawn(self.held, options.seed, "kl", step, options.kl_rows if options.kl_weight else 0)
+    def compared(self, options: Settled, step: int) -> dict[str, list[Sample]]:
+        """By kind, the kl_rows rows on which step `step` compares adapter and base (kl_weight), likewise."""
+        count = options.kl_rows if options.kl_weight else 0
+        drawn = {
+            "prose": _drawn(self.held, options.seed, "kl", step, count),
+            "chat": _drawn(self.chat_held, options.seed, "kl chat", step, count),
+        }
+        return {kind: rows for kind, rows in drawn.items() if rows}
 
     def lines(self, options: Settled) -> list[str]:
-        """What is done with the text, in sentences for the user."""
-        watched = sum(window.target_tokens for window in self.watched)
+        """What is done with them, in sentences for the user."""
+        kinds = [("prose", self.watched), ("chat", self.chat_watched)]
+        counts = [(kind, sum(one.target_tokens for one in watched)) for kind, watched in kinds if watched]
+        told = " and ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in counts)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"
-        lines = [f"general text: {self.documents} documents; {watched:,} tokens watched at each validation{bound}"]
+        lines = [f"general ability: {self.documents} documents; {told} watched at each validation{bound}"]
+        held = [
+            *([f"{{n}} of prose ({options.general_tokens} tokens)"] if self.held else []),
+            *(["{n} of chat"] if self.chat_held else []),
+        ]
         if options.kl_weight:
-            lines.append(
-                f"each step: {options.kl_weight:g} × KL to the base over {options.kl_rows} general rows "
-                f"of {options.general_tokens} tokens"
-            )
+            rows = " and ".join(held).format(n=options.kl_rows)
+            lines.append(f"each step: {options.kl_weight:g} × KL to the base over general rows, {rows}")
         if options.general_share:
             count = max(1, round(options.general_share * options.batch_size))
-            lines.append(f"each step: {count} general rows of {options.general_tokens} tokens among its rows")
+            lines.append(f"each step: {count} general rows among its rows")
         return lines
 
 
+def wants_general(options: TrainOptions) -> bool:
+    """Whether an option needs general rows."""
+    return options.guard is not None or options.kl_weight > 0 or options.general_share > 0
+
+
 def check_general(options: TrainOptions, given: bool) -> None:
-    """Raise RecipeError where an option needs general text and none is given."""
+    """Raise RecipeError where an option needs general rows and none are given."""
     wanted = {
         "guard": options.guard is not None,
         "kl_weight": options.kl_weight > 0,
@@ -70,37 +113,50 @@ def check_general(options: TrainOptions, given: bool) -> None:
     }
     for name in [name for name, on in wanted.items() if on and not given][:1]:
         raise RecipeError(
-            f"training.{name} needs general text: name a file of your own with --general (general: in a recipe), "
-            'JSONL rows {"text": …} of what must not get worse; the sample that ships with postil is used for '
-            "choosing nothing"
+            f"training.{name} needs general rows: give general=general_documents(model) for those that ship with "
+            'postil, or rows {"text"}, {"prompt"} or {"messages"} of your own of what must not get worse'
         )
 
 
-def split_general(documents: Sequence[Sample], options: TrainOptions, base: Base) -> General:
-    """Half of the documents (samples of one row are one) to watch, half to hold to; the halves never change.
+def split_general(documents: Documents | Sequence[Sample], options: TrainOptions, base: Base) -> General:
+    """The documents to watch and those to hold to: half of the prose each, a quarter of the chats and the rest, for
+    what an adapter must not answer elsewhere has many kinds; the parts never change.
 
     The watched windows are spread evenly over their half. The split depends on the documents alone, so that
-    runs with other options or seeds watch the same text. A document's end of sequence parts it from the next
+    runs with other options or seeds watch the same. A document's end of sequence parts it from the next
     and is neither measured nor learned. Raises RecipeError where there is too little.
     """
+    given = documents if isinstance(documents, Documents) else Documents(prose=documents)
     end = getattr(base.tokenizer, "eos_token_id", None)
-    samples = [_open(sample, end) for sample in documents]
-    whole = [list(parts) for _, parts in groupby(samples, key=lambda sample: sample.row)]
-    order = np.random.Generator(np.random.PCG64(derive(0, "general"))).permutation(len(whole))
-    middle = (len(whole) + 1) // 2
-    halves = [[whole[int(index)] for index in order[part]] for part in (slice(0, middle), slice(middle, None))]
+    whole = [list(parts) for _, parts in groupby((_open(one, end) for one in given.prose), key=lambda one: one.row)]
+    halves = _parted(whole, 2)
     watch, hold = (min(size, base.context or size) for size in (WINDOW, options.general_tokens))
     watched, held = _windows(halves[0], watch), _windows(halves[1], hold)
-    if not watched:
-        raise RecipeError("the general text has no document of two tokens or more to watch; give a longer one")
-    if not held and (options.kl_weight or options.general_share):
+    chats = [replace(one, row=0) for one in given.chat if one.target_tokens]
+    chat_watched, chat_held = _parted(chats, 4)
+    if not (watched or chat_watched):
+        raise RecipeError("the general rows have no document of two tokens or more to watch; give a longer one")
+    if not (held or chat_held) and (options.kl_weight or options.general_share):
         raise RecipeError(
-            f"the general text has {len(whole)} document(s), and half of them are watched; "
+            f"there is {len(whole) + len(chats)} general document, and some must be watched; "
             "kl_weight and general_share need at least one more"
         )
-    count = min(options.watch_windows, len(watched))
-    spread = [watched[index * len(watched) // count] for index in range(count)]
-    return General(tuple(spread), tuple(held), len(whole))
+    return General(
+        tuple(_spread(watched, options.watch_windows)), tuple(held), len(whole) + len(chats),
+        tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held),
+    )  # fmt: skip
+
+
+def _parted(documents: Sequence[Any], part: int) -> tuple[list[Any], list[Any]]:
+    """One `part`th of the documents and the rest, by chance and always the same."""
+    order = np.random.Generator(np.random.PCG64(derive(0, "general"))).permutation(len(documents))
+    first = -(-len(documents) // part)
+    return [documents[int(index)] for index in order[:first]], [documents[int(index)] for index in order[first:]]
+
+
+def _spread(found: Sequence[Sample], most: int) -> list[Sample]:
+    count = min(most, len(found))
+    return [found[index * len(found) // count] for index in range(count)]
 
 
 def _open(sample: Sample, end: int | None) -> Sample:
@@ -128,53 +184,15 @@ def _windows(documents: Iterable[Sequence[Sample]], size: int) -> list[Sample]:
     return windows
 
 
-def _drawn(windows: Sequence[Sample], seed: int, purpose: str, step: int, count: int) -> list[Sample]:
-    """The `count` windows of step `step` (from 1): every window once before any comes again."""
+def _drawn(rows: Sequence[Sample], seed: int, purpose: str, step: int, count: int) -> list[Sample]:
+    """The `count` rows of step `step` (from 1): every one once before any comes again; none where there are none."""
     out = []
-    for place in range((step - 1) * count, step * count):
-        again, index = divmod(place, len(windows))
-        out.append(windows[int(_order(len(windows), derive(seed, "general", purpose, again))[index])])
+    for place in range((step - 1) * count, step * count) if rows else ():
+        again, index = divmod(place, len(rows))
+        out.append(rows[int(_order(len(rows), derive(seed, "general", purpose, again))[index])])
     return out
 
 
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(seed)).permutation(count)
-
-
-def kl_gradients(
-    model: AdaptedModel,
-    weights: Trainable,
-    resident: Resident | None,
-    rows: Sequence[Sample],
-    options: TrainOptions,
-    step: int,
-    bare: Bare,
-    scale: float = 1.0,
-) -> float:
-    """Add the gradient of kl_weight · mean KL(base||adapted) over the rows' tokens; returns the mean (nats).
-
-    Divided by its own tokens, whatever the target's rows are, and split into packs as they are; the backward pass is
-    the sum's (times `scale`), as the target's is. It costs a forward pass of the base and a training pass over these
-    rows.
-    """
-    (packs,) = epoch_steps(
-        rows, batch_size=len(rows), accumulation=options.accumulation, pack_tokens=options.pack_tokens,
-        seed=0, epoch=0, shuffle=False,
-    )  # fmt: skip
-    tokens = sum(pack.target_tokens for pack in packs)
-    divisor = tokens * scale / options.kl_weight
-    weights.grad.mul_(divisor)  # what is there already: one buffer, so that a whole model needs no second
-    mean = 0.0
-    for index, pack in enumerate(packs):
-        seed = derive(options.seed, "dropout", step, "general", index)
-        ids, positions, share = to_device(pack, model)
-        targets = share.nonzero(as_tuple=True)[0]
-        with model.using(Layout.packed(pack.lengths, spans_of(resident, len(pack.ids), seed))):
-            total, _ = kl_to_base(model, ids, positions, targets - 1, bare=bare)
-            if total.requires_grad:
-                (total * scale).backward()  # type: ignore[no-untyped-call]
-        weights.collect()
-        mean += float(total.detach()) / tokens
-    weights.grad.div_(divisor)
-    return mean

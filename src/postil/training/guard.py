@@ -1,4 +1,4 @@
-"""The guard: general text measured against the base while training, and the best state that leaves it whole."""
+"""The guard: prose and chat measured against the base while training, and the best state that leaves both whole."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from postil.kernels.loss import cross_entropy, kl_divergence
 from postil.kernels.loss.reference import Head
 from postil.training.batch import spans_of, to_device
 from postil.training.checkpoint import Progress
+from postil.training.general import General
 from postil.training.optimizer import Trainable
 from postil.training.options import TrainOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """What a guard did. rise: general nats per token above the base; loss: held-out nats per target token.
+    """What a guard did. rise: nats per token above the base of prose or of chat, the larger; loss: held-out nats per
+    target token.
 
     step, loss, rise: of the state that was kept (step 0 is the untouched one, which always may be);
     free_…: of the best held-out state, guard or none (None where no rows are held out). seconds: spent watching.
@@ -136,6 +138,32 @@ class Gauge:
             "general_kl": divergence / self.tokens,
             "watch_seconds": round(time.perf_counter() - began, 4),
         }
+
+
+@dataclass(slots=True)
+class Gauges:
+    """A gauge of each kind that is watched: "prose" and "chat"."""
+
+    kinds: dict[str, Gauge]
+
+    @classmethod
+    def of(cls, model: AdaptedModel, general: General, pack_tokens: int, bare: Bare) -> Gauges:
+        """Gauges with the base's hidden states kept."""
+        found = {"prose": general.watched, "chat": general.chat_watched}
+        return cls({kind: Gauge.of(model, rows, pack_tokens, bare) for kind, rows in found.items() if rows})
+
+    def measure(self, model: AdaptedModel, resident: Resident | None) -> dict[str, float]:
+        """Each kind's nats, rise and kl (general_… for prose, as for whatever is watched alone, else chat_…);
+        general_rise is the larger rise; watch_seconds."""
+        found = {kind: gauge.measure(model, resident) for kind, gauge in self.kinds.items()}
+        first = next(iter(found.values()))
+        event = dict(first)
+        event["general_rise"] = max(one["general_rise"] for one in found.values())
+        event["watch_seconds"] = round(sum(one["watch_seconds"] for one in found.values()), 4)
+        if len(found) > 1:
+            event["prose_rise"] = first["general_rise"]
+            event |= {f"chat_{name}": found["chat"][f"general_{name}"] for name in ("nats", "rise", "kl")}
+        return event
 
     def verdict(
         self, model: AdaptedModel, resident: Resident | None, progress: Progress, allowed: float, seconds: float

@@ -61,7 +61,7 @@ class TrainOptions(Settings):
     kl_weight: float = Field(default=0.0, ge=0)
     kl_rows: int = Field(default=2, ge=1)
     general_share: float = Field(default=0.0, ge=0, le=1)
-    general_tokens: int = Field(default=128, ge=2)
+    general_tokens: int = Field(default=64, ge=2)
     seed: int = Field(default=0, ge=0)
 
     @field_validator(*CHOSEN, "checkpoint_every", mode="before")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field
 from safetensors import SafetensorError
 
@@ -19,24 +17,25 @@ from postil.base import Base, load_base
 from postil.base.quiet import quiet
 from postil.base.stored import read_tensor, stored_tensors
 from postil.data import DataOptions, Dataset, Sample, load_data, split_valid
+from postil.data.shipped import SHIPPED
 from postil.errors import PostilError, RecipeError
 from postil.files import atomic_directory, write_json
 from postil.settings import Settings
-from postil.training.card import card_of
+from postil.training.card import card_of, digests_of, earlier_rows, rows_seen
 from postil.training.defaults import settled
-from postil.training.directory import check_foreign, keep_recipe, only_trainer, read_yaml
-from postil.training.general import check_general, split_general
+from postil.training.directory import check_foreign, keep_recipe, only_trainer
+from postil.training.documents import general_documents
+from postil.training.general import Documents, split_general, wants_general
 from postil.training.loop import Outcome, Watcher, check_form, refuse_untouched, run, seconds_per_run
 from postil.training.options import Settled, TrainOptions
-from postil.training.validation import tokens_of
 
 
 class Recipe(Settings):
     """What `postil train` runs. Keys: base, data, out, valid (or valid_share, a seeded share held out), dtype,
     device, quant (nf4: the base in 4 bits, which training.method qlora implies), trust_remote_code (let the base's
-    directory run its own code), from_adapter (continue from an adapter's values), general (rows of text that
-    training.guard, kl_weight and general_share read; half of the documents are watched), lora, rows (how the data
-    is read), training."""
+    directory run its own code), from_adapter (continue from an adapter's values), general (rows of text
+    or chat prompts, in one file or several, that training.guard, kl_weight and general_share read, half of them to
+    watch; null is what ships with postil), lora, rows (how the data is read), training."""
 
     where: ClassVar[str] = "recipe"
 
@@ -50,41 +49,10 @@ class Recipe(Settings):
     quant: Literal["nf4"] | None = None
     trust_remote_code: bool = False
     from_adapter: str | None = None
-    general: str | None = None
+    general: str | list[str] | None = None
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig.parse({}))
     rows: DataOptions = Field(default_factory=DataOptions)
     training: TrainOptions = Field(default_factory=lambda: TrainOptions.parse({}))
-
-
-def with_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """A recipe's mapping with `training.learning_rate=2e-4` and the like set; values are read as YAML."""
-    out: dict[str, Any] = copy.deepcopy(values)
-    for setting in settings:
-        key, mark, text = setting.partition("=")
-        if not mark or not key:
-            raise RecipeError(f"--set {setting}: write key=value, for example --set training.learning_rate=2e-4")
-        place = out
-        *parents, last = key.split(".")
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise RecipeError(f"--set {setting}: {parent} is a value, not a group of keys")
-            place = inner
-        try:
-            place[last] = _number(read_yaml(text))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
-    return out
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 @dataclass(slots=True)
@@ -103,7 +71,8 @@ class Job:
     valid: list[Sample]
     dataset: Dataset
     held_out: Dataset | None = None  # where the recipe names a file of its own
-    general: Dataset | None = None  # documents, a sample each
+    general: Documents = field(default_factory=Documents)
+    earlier: Mapping[str, Any] | None = None  # rows that the adapter it goes on from has seen
 
     def run(self, watch: Watcher | None = None, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         """Train, then write the adapter (or the model) into the run directory; see training.loop.run."""
@@ -111,19 +80,28 @@ class Job:
 
     def seconds(self) -> float:
         """About how long `run` will take on this machine, from one step's gradients."""
-        return seconds_per_run(self.model, self.training, "default", self.options, self._documents())
+        return seconds_per_run(self.model, self.training, "default", self.options, self.general)
 
     def general_lines(self) -> list[str]:
-        """What is done with the general text, in sentences; none where there is none."""
-        return split_general(self._documents(), self.options, self.base).lines(self.options) if self.general else []
+        """What is done with the general rows, in sentences; none where there are none."""
+        if not len(self.general):
+            return []
+        return split_general(self.general, self.options, self.base).lines(self.options)
 
-    def _documents(self) -> list[Sample]:
-        return self.general.samples if self.general is not None else []
+    def _card(self, outcome: Outcome) -> dict[str, Any]:
+        """What is told of the training beside the weights."""
+        trained = digests_of(self.dataset, self.training)
+        held_out = digests_of(self.held_out or self.dataset, self.valid)
+        return card_of(
+            self.recipe.model_dump(mode="json"), outcome, self.dataset, samples=len(self.training),
+            held_out=self.held_out, held_out_samples=len(self.valid), general=self.general,
+            seen=rows_seen(trained, held_out, digests_of(self.general), self.earlier),
+        )  # fmt: skip
 
 
-def prepare(recipe: Recipe) -> Job:
-    """Load everything that a recipe names. Raises RecipeError for keys that exclude each other, and what the
-    loaders raise."""
+def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, total: None) -> Job:
+    """Load everything that a recipe names. answered: told how many of the base's own answers to general chat prompts
+    are there, of how many. Raises RecipeError for keys that exclude each other, and what the loaders raise."""
     plain = recipe.lora == LoraConfig()
     if recipe.from_adapter is not None and not plain:
         raise RecipeError("from_adapter brings the adapter's own configuration; leave the lora keys out")
@@ -131,7 +109,6 @@ def prepare(recipe: Recipe) -> Job:
         raise RecipeError("training.method full trains every weight; leave lora and from_adapter out")
     if recipe.training.method == "full" and recipe.quant is not None:
         raise RecipeError("training.method full changes every weight, and 4-bit weights cannot be: leave quant out")
-    check_general(recipe.training, recipe.general is not None)
     base = load_base(
         recipe.base,
         dtype=recipe.dtype,
@@ -146,22 +123,28 @@ def prepare(recipe: Recipe) -> Job:
         training, valid = dataset.samples, held_out.samples
     else:
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
-    general = None
-    if recipe.general is not None:  # whole documents, whatever the context: they are cut into windows later
-        options = DataOptions(format="text", skip_bad_lines=recipe.rows.skip_bad_lines)
-        general = load_data(recipe.general, base.tokenizer, options)
-    watched = 0
-    if general is not None:
-        watched = tokens_of(split_general(general.samples, recipe.training, base).watched)
-    now, why = settled(recipe.training, training, valid, watched)
-    model = attach(base)
+    model, earlier = attach(base), None
+    general = Documents()
+    if recipe.general is not None or wants_general(recipe.training):
+        general = general_documents(
+            model, recipe.general or SHIPPED, skip_bad_lines=recipe.rows.skip_bad_lines, done=answered
+        )
     if recipe.training.method != "full":
         source: LoraConfig | Adapter = recipe.lora
         if recipe.from_adapter is not None:
             source = load_adapter(recipe.from_adapter)
         attach(model, source, seed=recipe.training.seed)
+        earlier = earlier_rows(model.resident("default"))
+    now, why = _settled(recipe, base, training, valid, general)
     recipe = recipe.model_copy(update={"training": now})
-    return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general)
+    return Job(recipe, now, why, base, model, list(training), list(valid), dataset, held_out, general, earlier)
+
+
+def _settled(
+    recipe: Recipe, base: Base, training: list[Sample], valid: list[Sample], general: Documents
+) -> tuple[Settled, tuple[str, ...]]:
+    watched = split_general(general, recipe.training, base).watched_tokens if len(general) else 0
+    return settled(recipe.training, training, valid, watched)
 
 
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
@@ -171,7 +154,7 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
     with only_trainer(out):
         keep_recipe(out, fields, partial(_normal, job))
         outcome = run(
-            job.model, job.training, job.valid, general=job._documents(), out=out, name="default",
+            job.model, job.training, job.valid, general=job.general, out=out, name="default",
             options=job.options, watch=watch, tell=tell,
         )  # fmt: skip
         if outcome.stopped:
@@ -180,14 +163,11 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
         again = outcome.begun == outcome.steps  # there was nothing left to do: what is written, stays, card and all
         if recipe.training.method == "full":
             if not (again and _holds_model(out / "model", job.base)):
-                _save_model(job, out / "model")
+                _save_model(job, out / "model", job._card(outcome))
             return outcome
         adapter = job.model.export("default")
         if not (again and _holds_adapter(out / "adapter", adapter)):
-            adapter.card |= card_of(
-                fields, outcome, job.dataset, samples=len(job.training), held_out=job.held_out,
-                held_out_samples=len(job.valid), general=job.general,
-            )  # fmt: skip
+            adapter.card |= job._card(outcome)
             save_adapter(adapter, out / "adapter")
     return outcome
 
@@ -195,8 +175,7 @@ def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcom
 def _normal(job: Job, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's mapping with every key, what it leaves to the data chosen from the job's."""
     other: Recipe = Recipe.parse(values)
-    watched = split_general(job._documents(), other.training, job.base).watched if job.general is not None else ()
-    now, _ = settled(other.training, job.training, job.valid, tokens_of(watched))
+    now, _ = _settled(other, job.base, job.training, job.valid, job.general)
     return other.model_copy(update={"training": now}).model_dump(mode="json")
 
 
@@ -226,14 +205,14 @@ def _holds_model(directory: Path, base: Base) -> bool:
         return False
 
 
-def _save_model(job: Job, directory: Path) -> None:
-    """A fully fine-tuned model as a Hugging Face directory."""
+def _save_model(job: Job, directory: Path, card: dict[str, Any]) -> None:
+    """A fully fine-tuned model as a Hugging Face directory; card: what is told of its training."""
     with atomic_directory(directory, marker="postil.json", carry=True) as temporary, quiet():
         try:
             job.base.model.save_pretrained(temporary)
         except SafetensorError as error:
             raise OSError(f"{error}") from error  # its way to say that the disk is full
-        write_json(temporary / "postil.json", {"recipe": job.recipe.model_dump(mode="json"), "method": "full"})
+        write_json(temporary / "postil.json", {**card, "method": "full"})
         if job.base.tokenizer is not None:
             job.base.tokenizer.save_pretrained(temporary)
         for file in temporary.rglob("*"):

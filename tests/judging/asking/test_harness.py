@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 import yaml
 
 from postil.adapter import Adapter, attach, detach
-from postil.base import Base
+from postil.base import Base, load_base
 from postil.errors import JudgeError
-from postil.judging.judge import judge
+from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import HarnessOptions, JudgeOptions
+
+judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # lm-eval's own
@@ -131,6 +134,61 @@ def test_a_base_measures_what_lm_evals_own_model_does(
         assert measure.better == ("lower" if "perplexity" in name or "bits" in name else "higher")
 
 
+BLIMP = {  # as the harness' own _template_yaml
+    "output_type": "multiple_choice",
+    "doc_to_text": "",
+    "doc_to_target": 0,
+    "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+    "num_fewshot": 0,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+QUESTIONS = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{context}}\nAnswer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm", "acc_bytes")
+    ],
+}
+SENTENCES = [
+    {"sentence_good": f"{first} went {word}.", "sentence_bad": f"{second} went {word}."}
+    for first, second in (("They", "Them"), ("Who", "Whom"), ("She", "Her"))
+    for word in ("home", "out", "there", "away", "a-b")
+]
+WORDS = ("one", "two of them", "3", "ÄÖÜ", "none", "all, I think", "so", "why", "größer", "a b c d e")
+ASKED = [
+    {"context": f"What is {n}?", "choices": [WORDS[n * step % 10] for step in (1, 3, 7, 9)], "answer": n % 4}
+    for n in range(40)
+    if n % 10 not in (0, 5)
+]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(BLIMP, SENTENCES), (QUESTIONS, ASKED)], ids=["pairs", "choices"])
+def test_pairs_and_choices_are_scored_as_lm_eval_does(
+    kind: dict[str, Any], rows: list[dict[str, Any]], base: Base, tmp_path: Path
+) -> None:
+    from postil.judging.options import GeneralOptions
+    from postil.judging.sets.general import measure, read_general
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "task.yaml"
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    told = {"task": "tiny", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **kind}
+    file.write_text(yaml.safe_dump(told))
+    wanted = theirs(base, str(file))
+    pairs, choices = (rows, None) if kind is BLIMP else (None, rows)
+    model = attach(base)
+    (found,) = measure(read_general(None, choices, pairs, base, GeneralOptions(), 0), model, None).parts.values()
+    detach(model)
+    names = {"accuracy": "acc", "accuracy_per_character": "acc_norm", "accuracy_per_byte": "acc_bytes"}
+    shared = {name: stats for name, stats in found.items() if names.get(name) in wanted}
+    assert len(shared) == len(kind["metric_list"])
+    for name, stats in shared.items():
+        assert stats[:, 0].mean() == pytest.approx(100 * wanted[names[name]]), name
+    assert len({stats[:, 0].mean() for stats in shared.values()} - {0.0, 100.0}) > (0 if kind is BLIMP else 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_longer_than_the_context_is_cut_from_its_front(
     kind: str, base: Base, note: Adapter, task: Callable[..., str]
@@ -223,6 +281,45 @@ def test_an_adapter_that_overflows_is_no_perfect_one(base: Base, note: Adapter, 
     tensors = {key: value * 1e30 for key, value in note.tensors.items()}
     with pytest.raises(JudgeError):
         judge(base, replace(note, tensors=tensors), general=None, options=options(task("word")), keep=False)
+
+
+def test_the_base_is_asked_once_for_all_adapters(
+    make_base: Callable[..., Base], note: Adapter, task: Callable[..., str], tmp_path: Path
+) -> None:
+    made = make_base()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    opposite = {key: -value if "lora_B" in key else value for key, value in note.tensors.items()}
+    other = replace(note, tensors=opposite, card={})
+    files = [task("choice"), task("generated"), task("rolling")]
+
+    def asked(adapter: Adapter, **more: Any) -> tuple[Any, set[str]]:
+        phases: set[str] = set()
+        base, told = load_base(tmp_path / "base"), options(*files, limit=8, **more)
+        card = judge(base, adapter, general=None, options=told, watch=lambda e: phases.add(e["phase"]), force=True)
+        return card.general, {phase for phase in phases if phase.startswith("lm-eval")}
+
+    first, phases = asked(note)
+    assert phases == {"lm-eval of the base", "lm-eval of what is judged"}
+    second, phases = asked(other)
+    assert phases == {"lm-eval of what is judged"}
+    for name, part in first.items():
+        for measure, one in part.measures.items():
+            assert second[name].measures[measure].base == one.base
+    assert asked(note) == (first, set())
+    assert "lm-eval of the base" in asked(note, shots=0, chat=True)[1]
+
+
+def test_whatever_a_tasks_own_code_raises_is_one_sentence(
+    base: Base, note: Adapter, task: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("class Odd(Exception):\n    pass\n\n\ndef target(doc):\n    raise Odd('no')\n")
+    file = Path(task("word"))
+    file.write_text(
+        file.read_text().replace("doc_to_target: ' {{choices[0]}}'", "doc_to_target: !function own.target")
+    )
+    with pytest.raises(JudgeError, match=r"lm-eval could not run .*: no"):
+        judge(base, note, general=None, options=options(str(file)), keep=False)
 
 
 @pytest.mark.parametrize(

@@ -184,17 +184,18 @@ def test_options_are_scored_on_their_continuation_alone(model: AdaptedModel, tok
     for weights in (None, {"note": 1.0}):
         for question, losses in zip(asked, option_losses(model, samples, weights), strict=True):
             for (context, text), (total, count) in zip(question, losses, strict=True):
-                ids = tokenizer(context + text)["input_ids"]
+                before = tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]  # what stands before any text
+                ids = [*before, *tokenizer(text)["input_ids"]]
                 logs = log_probs(model, ids, weights)
-                first = max(len(context), 1)  # nothing comes before the first token
+                first = len(before)
                 wanted = [-float(logs[t - 1, ids[t]]) for t in range(first, len(ids))]
                 assert (total, count) == (pytest.approx(sum(wanted), rel=1e-5), len(wanted))
 
 
 def test_options_that_do_not_fit_take_their_question_with_them(tokenizer: Any) -> None:
-    asked = [[("a", "b"), ("a", "c" * 9)], [("a", "b"), ("a", "c")], [("", "x"), ("", "yy")]]
+    asked = [[("a", "b"), ("a", "c" * 9)], [("a", "b"), ("a", "c")], [("", "x"), ("", "")]]
     samples, left_out = option_samples(asked, tokenizer, 6)
-    assert left_out == [0, 2]  # too long, and one token that nothing leads to
+    assert left_out == [0, 2]  # too long, and nothing to score
     assert [[len(sample.ids) for sample in question] for question in samples] == [[2, 2]]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from postil.errors import JudgeError
 from postil.judging.metrics import METRICS, default_metric, metric_named
+from postil.judging.metrics.options import OwnOptions
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -23,6 +26,30 @@ def test_an_unknown_name_tells_the_nearest_and_all() -> None:
         metric_named("belu")
 
 
+def table_of_measures() -> dict[str, set[str]]:
+    """Every measure in the table of docs/judging.md, with the options that stand beside it."""
+    page = (Path(__file__).parents[3] / "docs/judging.md").read_text(encoding="utf-8")
+    section = page.partition("### Measures of answers")[2].partition("\n### ")[0]
+    found = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            names, _, options = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("|").split("|"))
+            found |= {name: set(options) for name in names}
+    return found
+
+
+def test_the_page_names_every_measure_with_its_options() -> None:
+    table = table_of_measures()
+    own = table.pop("FILE.py:FUNCTION")
+    assert list(table) == list(METRICS)
+    assert own == set(OwnOptions.model_fields)
+    for name, options in table.items():
+        with pytest.raises(JudgeError) as problem:
+            metric_named(name, {"q": 1})
+        known = str(problem.value).partition("known: ")[2].split(", ")
+        assert options == set(known) - {"none"}, name
+
+
 def pairs(*completions: str) -> list[dict[str, Any]]:
     return [{"prompt": "p", "completion": one} for one in completions]
 
@@ -32,12 +59,16 @@ def pairs(*completions: str) -> list[dict[str, Any]]:
     [
         (pairs("yes", "no") * 3, "accuracy", "2 labels"),
         (pairs("yes", "no", "yes"), "exact_match", "short"),
+        (pairs("yes") * 3, "accuracy", "every answer is the same label"),
+        (pairs('{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {}}'), "exact_calls", "are calls"),
         (pairs("ab cd", "ef", "gh"), "exact_match", "short"),
         (pairs("It is so, I think.", "Where do you want to go?"), "bleu", "free text"),
         (pairs("2 + 3 = 5\n#### 5", "#### 6"), "number", "####"),
         ([{"references": ["a b c d", "e"]}, {"references": ["f"]}], "bleu", "several references"),
         ([{"references": ["dos", "two"]}, {"references": ["drei"]}], "exact_match", "several count"),
-        ([{"tools": [{"name": "f"}], "calls": []}], "exact_calls", "tools"),
+        ([{"references": ["a b c d", "a b c d"]}, {"references": ["f g h i j"]}], "bleu", "free text"),
+        ([{"tools": [{"name": "f"}], "calls": [{"name": "f", "arguments": {}}]}], "exact_calls", "tools"),
+        ([{"tools": [{"name": "f"}], "calls": []}], "refusals", "want no call"),
     ],
 )
 def test_the_guess(rows: list[dict[str, Any]], name: str, because: str) -> None:

@@ -41,9 +41,9 @@ def test_the_mean_of_what_the_function_gives(file: Path) -> None:
     stats = metric.statistics(["abc", "a", "-"], [row, row, {"skip": True}])
     assert stats.tolist() == [[6, 1], [2, 1], [0, 0]]
     assert metric.value(stats.sum(axis=0)) == 4
-    assert (metric.name, metric.better, metric.unit) == ("length", "higher", "points")
+    assert (metric.name, metric.better, metric.unit) == ("own.length", "higher", "points")
     assert row == {"completion": "x"}  # the function had a copy
-    assert metric_named(f"{file}:same").name == "same"
+    assert metric_named(f"{file}:same").name == "own.same"
     assert [one.name for one in file.parent.iterdir()] == [file.name]  # nothing was written beside the file
 
 
@@ -58,6 +58,60 @@ def test_which_way_is_better_is_an_option(file: Path) -> None:
 def test_a_failing_function_names_its_line_and_the_row(file: Path) -> None:
     with pytest.raises(JudgeError, match=r"row 2: .*my score\.py:errors failed: KeyError: 'completion' \(line 13\)"):
         metric_named(f"{file}:errors").statistics(["x", "y"], [{"completion": "x"}, {}])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("class Bad(Exception): pass\n    raise Bad('no')", r"Bad: no \(line 3\)"),
+        (
+            "import jsonschema\n    jsonschema.validate(1, {'type': 'string'})",
+            r"ValidationError: 1 is not .* \(line 3\)",
+        ),
+        ("raise StopIteration", r"StopIteration \(line 2\)"),
+        (
+            "class Mute(Exception):\n        def __str__(self): raise ValueError\n    raise Mute",
+            r"Mute: .* \(line 4\)",
+        ),
+        ("raise SystemExit(3)", r"SystemExit: 3 \(line 2\)"),
+        ("raise ExceptionGroup('many', [ValueError('one')])", r"ExceptionGroup: many .*\(line 2\)"),
+        (
+            "return type('N', (), {'__float__': lambda self: 1 / 0})()",
+            r"ZeroDivisionError: division by zero \(line 2\)",
+        ),
+    ],
+)
+def test_whatever_a_users_code_raises_is_one_sentence(tmp_path: Path, body: str, said: str) -> None:
+    path = tmp_path / "score.py"
+    path.write_text(f"def score(answer, row):\n    {body}\n")
+    with pytest.raises(JudgeError, match=rf"row 1: .*score\.py:score failed: .*{said}$") as problem:
+        metric_named(f"{path}:score").statistics(["x"], [{}])
+    assert "\n" not in str(problem.value)
+    path.write_text("class Odd(Exception): pass\nraise Odd('top')\n")
+    with pytest.raises(JudgeError, match=r"score\.py could not be run: .*Odd: top \(line 2\)$"):
+        metric_named(f"{path}:score")
+
+
+def test_a_row_counts_for_every_answer_or_for_none(tmp_path: Path) -> None:
+    path = tmp_path / "score.py"
+    path.write_text("def score(answer, row):\n    return float(answer) if answer.isdigit() else None\n")
+    rows = [{"prompt": "p", "completion": "1"}, {"prompt": "q", "completion": "2"}]
+    metric = metric_named(f"{path}:score")
+    assert metric.statistics(["1", "x"], rows).tolist() == [[1, 1], [0, 0]]
+    with pytest.raises(JudgeError, match=r"row 2: .*gives None for one answer to this row and a number for another"):
+        metric.statistics(["1", "2"], rows)
+    with pytest.raises(JudgeError, match="gives None for one answer"):  # found on one row, before the work
+        metric_named(f"{path}:score").look(rows)
+
+
+def test_a_function_is_tried_on_the_first_row_with_a_wanted_and_an_empty_answer(tmp_path: Path) -> None:
+    path = tmp_path / "score.py"
+    path.write_text(
+        "seen = []\ndef score(answer, row):\n    seen.append((answer, row['prompt']))\n    return len(seen)\n"
+    )
+    metric = metric_named(f"{path}:score")
+    assert metric.look([{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"}]) == []
+    assert metric.statistics(["x"], [{"prompt": "p"}]).tolist() == [[3, 1]]
 
 
 @pytest.mark.parametrize("gives", ["float('nan')", "float('inf')", "'0.5'", "10 ** 400", "[1]"])

@@ -79,3 +79,25 @@ def test_where_the_source_stands() -> None:
     assert score(answer, asked) != score(answer, plain)
     with pytest.raises(JudgeError, match=r"row 1: no column 'text_on' \(did you mean 'text_in'"):
         score(answer, asked, source="text_on")
+
+
+def test_each_reference_votes_equal_ones_too() -> None:
+    known, now = "About 95 species are currently known .", "95 species are now accepted ."
+    twice = score("About 95 you now get in .", {"prompt": SOURCE, "references": [known, known, now]})
+    once = score("About 95 you now get in .", {"prompt": SOURCE, "references": [known, now]})
+    assert (round(twice, 2), round(once, 2)) == (25.70, 26.20)
+
+
+def test_an_instruction_is_no_part_of_the_source_or_it_is_said() -> None:
+    alpaca = {"instruction": "Make it simple:", "input": SOURCE, "output": REFERENCES[0]}
+    plain = {"prompt": SOURCE, "completion": REFERENCES[0]}
+    answer = "About 95 are known ."
+    assert score(answer, alpaca) == score(answer, plain)
+    assert metric_named("sari").look([alpaca]) == []
+    (note,) = metric_named("sari").look([alpaca, plain])
+    assert note.startswith("sari: the source is the whole prompt")
+    assert "metric_options.sari.source" in note
+    assert metric_named("sari", {"source": "prompt"}).look([plain]) == []
+    alone = {"instruction": SOURCE, "input": " ", "output": REFERENCES[0]}  # nothing but the instruction
+    assert len(metric_named("sari").look([alone])) == 1
+    assert score(answer, alone) == score(answer, plain)

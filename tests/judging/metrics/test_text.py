@@ -1,8 +1,8 @@
-"""Text measures: equal to sacrebleu's to the last bit, SQuAD's normalisation, ROUGE-L beside a plain table."""
+"""Text measures: equal to sacrebleu's to the last bit, SQuAD's normalisation and F1, and empty references."""
 
 from __future__ import annotations
 
-import itertools
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from postil.errors import JudgeError
 from postil.judging.metrics import metric_named
 from postil.judging.metrics.metric import Metric
-from postil.judging.metrics.text import normalised, rouge_l_f1
+from postil.judging.metrics.text import normalised
 
 # sacrebleu's own example (its README): three sentences, two references each.
 SAID = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -27,7 +27,8 @@ REFERENCES = [
 
 words = st.sampled_from(["the", "dog", "bit", "a", "man", "3.5", "it's", "ärger", ",", ".", "(hi)", "The"])
 sentence = st.lists(words, max_size=9).map(" ".join) | st.text(max_size=12)
-corpus = st.lists(st.tuples(sentence, st.lists(sentence, min_size=1, max_size=4)), min_size=1, max_size=6)
+filled = sentence.filter(str.strip)  # an empty reference is another matter than to sacrebleu
+corpus = st.lists(st.tuples(sentence, st.lists(filled, min_size=1, max_size=4)), min_size=1, max_size=6)
 
 
 def rows_of(references: list[list[str]]) -> list[dict[str, Any]]:
@@ -123,36 +124,50 @@ def test_normalised_match_takes_any_reference() -> None:
     assert value(metric_named("normalised_match"), ["the eiffel tower.", "six"], rows) == 50
 
 
-def longest(first: list[str], second: list[str]) -> int:
-    """The longest common subsequence by trying every one."""
-    return max(
-        size
-        for size in range(len(first) + 1)
-        for kept in itertools.combinations(first, size)
-        if is_within(list(kept), second)
+def squad_f1(answer: str, reference: str) -> float:
+    """F1 as SQuAD's own script (evaluate-v2.0.py) reckons it."""
+    said, gold = normalised(answer).split(), normalised(reference).split()
+    common = collections.Counter(gold) & collections.Counter(said)
+    num_same = sum(common.values())
+    if len(gold) == 0 or len(said) == 0:
+        return int(gold == said)
+    if num_same == 0:
+        return 0
+    precision = 1.0 * num_same / len(said)
+    recall = 1.0 * num_same / len(gold)
+    return (2 * precision * recall) / (precision + recall)
+
+
+@given(st.lists(st.tuples(sentence, st.lists(sentence, min_size=1, max_size=3)), min_size=1, max_size=4))
+def test_token_f1_is_squads(rows: list[tuple[str, list[str]]]) -> None:
+    said, references = [one for one, _ in rows], [texts for _, texts in rows]
+    wanted = [max(squad_f1(one, text) for text in texts) for one, texts in rows]
+    assert value(metric_named("token_f1"), said, rows_of(references)) == pytest.approx(100 * np.mean(wanted))
+
+
+def test_token_f1_by_hand() -> None:
+    rows = rows_of([["The Eiffel Tower"], ["in the year 1889"], ["the"]])
+    # eiffel tower of {eiffel, tower, paris}: 2/3 and 1; nothing shared; "the" and "a." have no word left: equal
+    assert value(metric_named("token_f1"), ["Eiffel tower, Paris!", "1890", "a."], rows) == pytest.approx(
+        100 * (2 * (2 / 3) / (2 / 3 + 1) + 0 + 1) / 3
     )
+    assert value(metric_named("token_f1", {"first_line": True}), ["1889 year in\nand on"], rows[1:2]) == 100
 
 
-def is_within(kept: list[str], whole: list[str]) -> bool:
-    rest = iter(whole)
-    return all(word in rest for word in kept)
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=7), st.lists(st.sampled_from("abc"), max_size=7))
-def test_rouge_l_is_f1_of_the_longest_common_subsequence(first: list[str], second: list[str]) -> None:
-    common = longest(first, second)
-    wanted = 0.0 if not common else 2 * common / (len(first) + len(second))
-    assert rouge_l_f1(" ".join(first), " ".join(second)) == pytest.approx(wanted)
-
-
-def test_rouge_l_words_and_the_best_reference() -> None:
-    # the quick brown · the · dog; the package rouge-score gives this pair the same value
-    assert rouge_l_f1("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog") == (
-        pytest.approx(2 * (5 / 8) * (5 / 9) / (5 / 8 + 5 / 9))
-    )
-    assert rouge_l_f1("It's_well-known", "it s WELL known!") == 1
-    assert rouge_l_f1("größe", "gr e") == 0
-    assert value(metric_named("rouge_l"), ["a b", ""], rows_of([["c", "a b"], ["x"]])) == 50
+@pytest.mark.parametrize("name", ["bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "rouge_lsum", "token_f1"])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_whatever_is_answered_to_an_empty_reference_costs_something(name: str, empty: str) -> None:
+    metric = metric_named(name)
+    text = "one long answer of words"
+    rows = rows_of([[empty], [text]])
+    full = value(metric, ["", text], rows)
+    assert full == pytest.approx(100)
+    assert value(metric, ["x y z", text], rows) < full - 0.5
+    assert value(metric, ["x y z"], rows[:1]) == 0
+    either = rows_of([[empty, text], [text]])  # an empty answer is one of those wanted
+    assert value(metric, ["", text], either) == pytest.approx(100)
+    assert value(metric, [text, text], either) == pytest.approx(100)
+    assert value(metric, ["x y z", text], either) < 99.5
 
 
 def test_a_row_without_an_answer_is_named() -> None:

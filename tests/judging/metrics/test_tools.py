@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,83 @@ def test_a_broken_call_is_never_right() -> None:
     row = {**refuse, "calls": [call(days=1)]}
     assert score("exact_calls", render_tool_calls(broken, [call(days=1)]), row) == 0
     assert score("refusals", broken, row) is None
+
+
+TOOL_METRICS = ("exact_calls", "call_names", "valid_calls")
+PLAIN = '{"name": "find", "arguments": {"days": 1}}'
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        PLAIN,
+        f" {PLAIN}\n",
+        f"[{PLAIN}]",
+        '{"name": "find", "parameters": {"days": 1}}',
+        '{"type": "function", "function": {"name": "find", "arguments": "{\\"days\\": 1}"}}',
+        '{\n  "name": "find",\n  "arguments": {"days": 1}\n}',
+    ],
+)
+def test_a_completion_that_is_a_call_as_json_wants_one(completion: str) -> None:
+    row = {"prompt": "p", "completion": completion, "tools": [tool("find")]}
+    for name in TOOL_METRICS:
+        assert score(name, "banana", row) == 0
+        assert score(name, completion, row) == 100
+        assert score(name, [call(days=1)], row) == 100  # marked or not, a call is a call
+    assert score("refusals", "banana", row) is None
+    assert score("exact_calls", PLAIN, {**row, "completion": None, "calls": [call(days=1)]}) == 100
+    assert score("refusals", completion, {"calls": []}) == 0
+    two = {**row, "completion": f"{PLAIN}\n{PLAIN}"}
+    assert score("exact_calls", f"[{PLAIN}, {PLAIN}]", two) == 100
+    assert score("exact_calls", PLAIN, two) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "[1]", '{"name": 1, "arguments": {}}', '{"name": "f"}', '{"name": "f", "arguments": "x"}',
+             f"{PLAIN}\nAnd more.", f"Here: {PLAIN}", "{" * 5000],
+)  # fmt: skip
+def test_json_that_is_no_call(text: str) -> None:
+    assert score("refusals", text, {"calls": []}) == 100
+
+
+def test_a_set_in_which_no_row_wants_a_call_is_refused() -> None:
+    none = [{"prompt": "p", "completion": "banana"}, {"prompt": "p", "completion": '{"tool": "f", "args": {}}'}]
+    wants = {"prompt": "p", "completion": PLAIN}
+    lists = {"prompt": "p", "completion": "x", "accept": [{"name": "find", "arguments": {}}]}
+    for name in TOOL_METRICS:
+        with pytest.raises(JudgeError, match=f"{name} needs a row that wants a call, and no row does"):
+            metric_named(name).look(none)
+        for one in (wants, lists):
+            assert metric_named(name).look([*none, one]) == []
+    assert metric_named("refusals").look([*none, wants]) == []
+    with pytest.raises(JudgeError, match="refusals needs a row that wants no call"):
+        metric_named("refusals").look([wants, lists])
+
+
+def test_accept_lists_alone_say_that_a_call_is_wanted() -> None:
+    row = {"prompt": "p", "completion": "x", "tools": [tool("find")], "accept": [{"name": "find", "arguments": {}}]}
+    assert score("refusals", "banana", row) is None
+    assert score("call_names", "banana", row) == score("valid_calls", "banana", row) == 0
+    assert score("call_names", [call()], row) == score("valid_calls", [call()], row) == 100
+
+
+def test_a_wanted_call_that_cannot_be_read_is_named() -> None:
+    row = {"prompt": "p", "completion": '<tool_call>{"name": "find", "arguments": {"days": 1}'}
+    for name in ("exact_calls", "call_names", "refusals"):
+        with pytest.raises(JudgeError, match=r"row 1: the wanted answer opens a call .* that cannot be read"):
+            score(name, "banana", row)
+
+
+def test_the_demos_own_rows_want_calls() -> None:
+    from importlib.resources import files
+
+    text = (files("postil.data") / "samples/demo/tools/test.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    for name in ("exact_calls", "call_names"):
+        metric = metric_named(name)
+        assert metric.look(rows) == []
+        assert metric.value(metric.statistics(["banana"] * len(rows), rows).sum(axis=0)) == 0
+        assert metric.value(metric.statistics([row["completion"] for row in rows], rows).sum(axis=0)) == 100
 
 
 def test_valid_calls_keep_to_an_offered_tools_schema() -> None:

@@ -12,12 +12,12 @@ import torch
 
 from postil.adapter import AdaptedModel
 from postil.base import Base
+from postil.data.shipped import SHIPPED
 from postil.errors import DataError, JudgeError
 from postil.judging.asking.likelihoods import nats_and_kl, row_losses
 from postil.judging.card.build import Draw
 from postil.judging.options import GeneralOptions
 from postil.judging.sets.general import General, general_parts, measure, read_general
-from postil.judging.sets.read import SHIPPED
 
 Hand = Callable[..., torch.Tensor]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned."} for n in range(8)]
@@ -38,36 +38,6 @@ OPTIONS = GeneralOptions(window=32)
 @pytest.fixture
 def general(base: Base) -> General:
     return read_general(TEXT, CHOICES, PAIRS, base, OPTIONS, 0)
-
-
-def nats_of(log_probs: Hand, model: AdaptedModel, weights: Any, context: str, text: str) -> list[float]:
-    """Nats of each byte of a continuation."""
-    ids = model.base.tokenizer(context + text)["input_ids"]
-    logs = log_probs(model, ids, weights)
-    return [-float(logs[t - 1, ids[t]]) for t in range(max(len(context), 1), len(ids))]
-
-
-@pytest.mark.parametrize("weights", [None, {"note": 1.0}])
-def test_choices_and_pairs_are_right_as_by_hand(
-    model: AdaptedModel, general: General, log_probs: Hand, weights: Any
-) -> None:
-    found = measure(general, model, weights).parts
-    sums, means = [], []
-    for row in CHOICES:
-        nats = [nats_of(log_probs, model, weights, f"Question: {row['context']}\nAnswer:", f" {one}")
-                for one in row["choices"]]  # fmt: skip
-        sums.append(min(range(3), key=lambda n: sum(nats[n])) == row["answer"])
-        means.append(min(range(3), key=lambda n: sum(nats[n]) / len(nats[n])) == row["answer"])
-    assert found["choices"]["accuracy"].tolist() == [[100.0 * one, 1.0] for one in sums]
-    assert found["choices"]["accuracy_per_token"].tolist() == [[100.0 * one, 1.0] for one in means]
-    assert sums != means
-    pairs = [
-        sum(nats_of(log_probs, model, weights, "", str(row["good"])))
-        < sum(nats_of(log_probs, model, weights, "", str(row["bad"])))
-        for row in PAIRS
-    ]
-    assert found["pairs"]["accuracy"].tolist() == [[100.0 * one, 1.0] for one in pairs]
-    assert 0 < sum(pairs) < len(pairs)
 
 
 def test_text_has_its_nats_and_its_kl(model: AdaptedModel, general: General) -> None:
@@ -105,33 +75,14 @@ def test_parts_compare_base_and_adapter(model: AdaptedModel, general: General) -
     }  # fmt: skip
     assert list(parts["choices"].slices) == ["subject"]
     assert parts["nats"].slices == {}
-    assert parts["pairs"].slices["paradigm"]["x"]["accuracy"].level == pytest.approx(1 - 0.05 / 3)
+    one = parts["pairs"].slices["paradigm"]["x"]["accuracy"]
+    assert one.level == 0.95  # for harm; a gain is claimed by the interval corrected for three looks
+    assert one.corrected is not None
     assert parts["choices"].data.rows == 12
+    assert list(parts["choices"].measures) == [
+        "accuracy", "accuracy_per_token", "accuracy_per_character", "accuracy_per_byte"
+    ]  # fmt: skip
     assert "choices: chance is 33.3%" in general.notes
-
-
-def test_a_blank_is_filled_and_the_rest_is_scored(model: AdaptedModel, log_probs: Hand) -> None:
-    rows = [
-        {"context": "Ann thanked Bo because _ had helped.", "choices": ["Ann", "Bo"], "answer": 1},
-        {"context": "The winner was _.", "choices": ["Ann", "Bo"], "answer": 1},
-        {"context": "The ____ of it", "choices": ["Ann", "Bo"], "answer": 1},
-    ]
-    found = read_general(None, rows, None, model.base, OPTIONS, 0)
-    asked = [
-        ("Ann thanked Bo because Bo", " had helped."),
-        ("The winner was", " Bo."),
-        ("Question: The ____ of it\nAnswer:", " Bo"),
-    ]
-    losses = measure(found, model, None).options["choices"]
-    for (context, text), question in zip(asked, losses, strict=True):
-        nats = nats_of(log_probs, model, None, context, text)
-        assert question[1] == (pytest.approx(sum(nats), rel=1e-5), len(nats))
-
-
-def test_equal_likelihoods_are_no_right_answer(model: AdaptedModel) -> None:
-    rows = [{"context": "What?", "choices": ["same", "same"], "answer": 0}]
-    found = measure(read_general(None, rows, None, model.base, OPTIONS, 0), model, None)
-    assert found.parts["choices"]["accuracy"].tolist() == [[0.0, 1.0]]
 
 
 def test_what_is_used_can_be_bounded(base: Base) -> None:

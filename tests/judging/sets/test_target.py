@@ -12,6 +12,7 @@ import pytest
 from postil.base import Base
 from postil.data import DataOptions, load_data
 from postil.errors import DataError, JudgeError
+from postil.judging.sets.examples import Training, read_training
 from postil.judging.sets.target import Target, check_answers, default_stop, few_shot, read_target
 
 RAW = DataOptions(format="raw")
@@ -20,6 +21,13 @@ PAIRS = [
     {"prompt": "two", "completion": "zwei", "topic": "b"},
     {"prompt": "one", "completion": "uno", "topic": "c"},
 ]
+
+
+def training(rows: list[dict[str, Any]], target: Target) -> Training:
+    found, note = read_training(rows, target.options, target.format, asked_for=True)
+    assert found is not None
+    assert note == ""
+    return found
 
 
 def prompts(target: Target, base: Base) -> list[str]:
@@ -44,6 +52,41 @@ def test_rows_with_an_equal_prompt_are_one_question(base: Base) -> None:
     assert target.data.tokens == sum(sample.target_tokens for sample in learned)
 
 
+def test_weights_of_turns_ask_no_other_question(base: Base) -> None:
+    def row(answer: str, **more: Any) -> dict[str, Any]:
+        turns = [("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        messages[1] |= more
+        return {"messages": messages}
+
+    target = read_target([row("zwei"), row("dos", weight=0), row("deux", weight=0.5)], base, DataOptions())
+    assert [item.rows for item in target.items] == [(1, 2, 3)]
+
+
+def test_equal_references_are_kept_for_each_votes(base: Base) -> None:
+    from postil.judging.metrics import default_metric, metric_named
+
+    source = "About 95 species are currently accepted ."
+    known = "About 95 species are currently known ."
+    texts = [known, known, "95 species are now accepted ."]
+    at_once = read_target([{"prompt": source, "references": texts}], base, RAW)
+    one_a_row = read_target([{"prompt": source, "completion": text} for text in texts], base, RAW)
+    metric = metric_named("sari")
+    for target in (at_once, one_a_row):
+        assert target.values[0]["references"] == texts
+        said = metric.statistics(["About 95 you now get in ."], target.values)
+        assert round(said[0, 0], 2) == 25.70  # 26.20 where the second vote is left out
+    twice = [{"prompt": f"q{n}", "completion": "a long answer of words"} for n in (0, 0, 1)]
+    assert default_metric(read_target(twice, base, RAW).values)[1] == "the answers are free text"
+
+
+def test_a_column_that_no_row_has_is_named(base: Base) -> None:
+    rows = [{"q": "one", "a": "eins"}]
+    columns = {"prompt": "q", "completion": "a", "system": "sys"}
+    with pytest.raises(DataError, match="columns: no row has anything in 'sys', which stands for 'system'"):
+        read_target(rows, base, DataOptions(format="raw", columns=columns))
+
+
 def test_rows_asked_once_are_not_talked_about(base: Base) -> None:
     assert read_target(PAIRS[:2], base, RAW).notes == ()
 
@@ -56,6 +99,9 @@ def test_the_references_a_row_brings(base: Base) -> None:
     found = read_target(rows, base, RAW)
     assert [item.value["references"] for item in found.items] == [["eins", "uno"], ["zwei", "zwo"]]
     assert found.samples[0].target_tokens == len("eins") + 1  # the first reference is what is scored
+    (item,) = read_target([{"prompt": "one", "references": ["", "eins"]}], base, RAW).items
+    assert item.value["references"] == ["", "eins"]  # an empty one counts, and the first that is not is scored
+    assert item.value["completion"] == "eins"
 
 
 @pytest.mark.parametrize("fmt", ["chat", "prompt"])
@@ -130,24 +176,24 @@ def test_a_question_too_long_for_the_base_is_left_out_and_said(base: Base) -> No
 def test_examples_are_text_before_a_raw_prompt(base: Base) -> None:
     target = read_target(PAIRS, base, RAW)
     train = [{"prompt": f"t{n}", "completion": f"c{n}"} for n in range(9)] + [{"prompt": "one", "completion": "no"}]
-    asked, notes = few_shot(target, train, base, 2, seed=0)
-    texts = [base.tokenizer.decode(ids) for ids in asked]
+    found = few_shot(target, training(train, target), base, 2, seed=0)
+    texts = [base.tokenizer.decode(ids) for ids in found.ids]
     heads = {text.removesuffix(own) for text, own in zip(texts, ("one\n", "two\n"), strict=True)}
     (head,) = heads  # one draw for all, and not the row that the target asks itself
     blocks = head.split("\n\n")
     assert blocks.pop() == ""
     assert len(blocks) == 2
     assert all(block[:3] == f"t{block[1]}\n" and block[3:] == f"c{block[1]}" for block in blocks)
-    assert notes == []
-    assert few_shot(target, train, base, 2, seed=0)[0] == asked
-    assert few_shot(target, train, base, 2, seed=3)[0] != asked
+    assert (found.shots, found.notes) == (2, ())
+    assert few_shot(target, training(train, target), base, 2, seed=0) == found
+    assert few_shot(target, training(train, target), base, 2, seed=3).ids != found.ids
 
 
 def test_examples_are_turns_of_a_conversation(base: Base) -> None:
     rows = [{"prompt": "one", "completion": "eins", "system": "German."}]
     target = read_target(rows, base, DataOptions())
     train = [{"prompt": "two", "completion": "zwei", "system": "Other."}]
-    (ids,), _ = few_shot(target, train, base, 1, seed=0)
+    (ids,) = few_shot(target, training(train, target), base, 1, seed=0).ids
     turns = (("system", "German."), ("user", "two"), ("assistant", "zwei"), ("user", "one"))
     wanted = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     assert base.tokenizer.decode(ids) == wanted + "<|im_start|>assistant\n"
@@ -156,16 +202,25 @@ def test_examples_are_turns_of_a_conversation(base: Base) -> None:
 def test_a_prompt_has_as_many_examples_as_fit(base: Base) -> None:
     target = read_target([{"prompt": "q" * 150, "completion": "a"}, {"prompt": "q", "completion": "a"}], base, RAW)
     train = [{"prompt": "t" * 30, "completion": "c"} for _ in range(3)]
-    asked, notes = few_shot(target, train, base, 3, seed=0)
-    texts = [base.tokenizer.decode(ids) for ids in asked]
+    found = few_shot(target, training(train, target), base, 3, seed=0)
+    texts = [base.tokenizer.decode(ids) for ids in found.ids]
     assert [text.count("\nc\n\n") for text in texts] == [2, 3]
-    assert notes == ["few-shot: 1 prompts have fewer than 3 examples, for the base's context"]
+    assert found.notes == ("few-shot: 1 prompts have fewer than 3 examples, for the base's context",)
 
 
 def test_too_few_rows_to_draw_from(base: Base) -> None:
     target = read_target(PAIRS, base, RAW)
     with pytest.raises(JudgeError, match=r"has 0 rows that the target does not ask itself; --shots 1 needs as many"):
-        few_shot(target, PAIRS, base, 1, seed=0)
+        few_shot(target, training(PAIRS, target), base, 1, seed=0)
+
+
+def test_where_nobody_says_how_many_there_are_four_or_all_there_are(base: Base) -> None:
+    target = read_target(PAIRS, base, RAW)
+    for count, shots in ((9, 4), (4, 4), (3, 3), (0, 0)):
+        rows = [{"prompt": f"t{n}", "completion": "c"} for n in range(count)] + PAIRS
+        found = few_shot(target, training(rows, target), base, None, seed=0)
+        assert found.shots == shots
+        assert all(base.tokenizer.decode(ids).count("\nc\n\n") == shots for ids in found.ids)
 
 
 def test_a_packed_file_with_renamed_columns(base: Base, tmp_path: Path) -> None:
@@ -184,6 +239,7 @@ def test_a_packed_file_with_renamed_columns(base: Base, tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', "test.jsonl:2: not JSON"),
         ('{"promt": "a", "completion": "b"}', r"test.jsonl:1: .*did you mean 'prompt'\?"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "test.jsonl:2: no column 'completion'"),
+        ('{"prompt": "a", "references": [""]}', "test.jsonl:1: `references` holds empty texts alone"),
         ('{"prompt": "a", "references": []}', "test.jsonl:1: `references` must be a list of at least one string"),
         (
             '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
@@ -201,7 +257,7 @@ def test_a_slip_names_its_line(base: Base, tmp_path: Path, lines: str, said: str
 def test_examples_of_another_kind(base: Base) -> None:
     target = read_target(PAIRS, base, DataOptions())
     with pytest.raises(JudgeError, match="rows of format text, which are no examples for a target of format prompt"):
-        few_shot(target, [{"text": "once upon a time"}] * 4, base, 1, seed=0)
+        training([{"text": "once upon a time"}] * 4, target)
 
 
 def test_what_the_target_asks_is_not_drawn_from_chats_either(base: Base) -> None:
@@ -209,4 +265,4 @@ def test_what_the_target_asks_is_not_drawn_from_chats_either(base: Base) -> None
     turns = (("user", "prompt"), ("assistant", "completion"))
     chats = [{"messages": [{"role": role, "content": row[key]} for role, key in turns]} for row in PAIRS]
     with pytest.raises(JudgeError, match="has 0 rows that the target does not ask itself"):
-        few_shot(target, chats, base, 1, seed=0)
+        few_shot(target, training(chats, target), base, 1, seed=0)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
 from lm_eval.api import metrics as theirs
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
@@ -23,12 +21,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
-from yaml import YAMLError
 
 from postil.adapter import AdaptedModel
 from postil.data import Sample
-from postil.engine import Engine, Request
-from postil.errors import JudgeError, PostilError, listed, nearest
+from postil.engine import Answer, Engine, Request, unbroken
+from postil.engine.engine import eos_ids
+from postil.engine.memory import Keep, Memory, asked_of
+from postil.errors import AnswerError, JudgeError, PostilError, listed, nearest
 from postil.judging.asking.likelihoods import Done, token_scores
 from postil.judging.card.build import Draw, measured, part_of
 from postil.judging.card.model import DataUsed, Part
@@ -36,10 +35,6 @@ from postil.judging.metrics.metric import Metric, Statistics, mean_of
 from postil.judging.options import HarnessOptions
 
 _YAML = (".yaml", ".yml")
-_FOREIGN = (  # what lm-eval, the libraries under it and a task's own code raise
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError, DatasetsError, TemplateError, YAMLError,
-)  # fmt: skip
 _CONTEXT = 2048  # tokens, of a base that names no context
 
 
@@ -47,13 +42,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """A model, with one of its residents or bare, as lm-eval asks it.
 
     batch: rows that decode together. counting: given a number of requests, returns what is told of each more done.
+    memory: of what it said before.
     """
 
     def __init__(
         self, model: AdaptedModel, adapter: str | None, batch: int = 32,
-        counting: Callable[[int], Done] = lambda _: lambda _: None,
+        counting: Callable[[int], Done] = lambda _: lambda _: None, memory: Memory | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self._memory = memory or Memory(None)
         self._model, self._adapter, self._batch, self._counting = model, adapter, batch, counting
         self.tokenizer: Any = model.base.tokenizer
         self.max_length = model.base.context or _CONTEXT
@@ -115,8 +112,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             weights = np.zeros(len(ids), dtype=np.float32)
             weights[max(len(ids) - len(text), 1) :] = 1
             samples.append(Sample(ids, weights, number))
-        found = token_scores(self._model, samples, self._adapter, self._counting(len(samples)))
-        return [(-total, greedy) for total, greedy in found]
+        return self._memory(
+            "lm-eval scores", [one.ids.tobytes() + one.weights.tobytes() for one in samples],
+            lambda: token_scores(self._model, samples, self._adapter, self._counting(len(samples))),
+            lambda kept: [(-float(total), bool(greedy)) for total, greedy in kept],
+        )  # fmt: skip
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answers up to the strings that each request names."""
@@ -138,16 +138,25 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     top_k=int(options.get("top_k") or 0), seed=number,
                 )
             )  # fmt: skip
-        done, before = self._counting(len(asked)), 0
+        common = repr((self._batch, sorted(eos_ids(self._model)))).encode()
 
-        def add(finished: int) -> None:
-            nonlocal before
-            done(finished - before)
-            before = finished
+        def make(places: Sequence[int], keep: Keep) -> None:
+            done = self._counting(len(places))
 
-        with Engine(self._model, max_batch=self._batch) as engine:
-            answers = engine.run(asked, add)
-        return [answer.text for answer in answers]
+            def add(place: int, answer: Answer) -> None:
+                if answer.error is None:
+                    keep(places[place], answer.text)
+                done(1)
+
+            with Engine(self._model, max_batch=self._batch) as engine:
+                answers = engine.run([asked[place] for place in places], finished=add)
+            try:
+                unbroken(answers)
+            except AnswerError as problem:
+                raise JudgeError(f"lm-eval: {problem}") from None
+
+        told = [common + asked_of(one, number, self._model) for number, one in enumerate(asked, 1)]
+        return self._memory.each("lm-eval answers", told, make, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +199,12 @@ def open_tasks(options: HarnessOptions, seed: int) -> Tasks:
 
 
 def _told(what: str, run: Callable[[], Any]) -> Any:
-    """What a foreign library raises, as one sentence."""
+    """What lm-eval, the libraries under it or a task's own code raise, as one sentence."""
     try:
         return run()
     except PostilError:
         raise
-    except _FOREIGN as problem:
+    except Exception as problem:
         lines = str(problem).strip().splitlines()
         raise JudgeError(
             f"lm-eval could not run {what}: {lines[0] if lines else type(problem).__name__} "
@@ -204,7 +213,12 @@ def _told(what: str, run: Callable[[], Any]) -> Any:
 
 
 def harness_parts(
-    tasks: Tasks, base: HarnessModel, judged: HarnessModel, draw: Draw, notes: list[str]
+    tasks: Tasks,
+    base: HarnessModel,
+    judged: HarnessModel,
+    draw: Draw,
+    notes: list[str],
+    defined: Mapping[str, Any] | None = None,
 ) -> dict[str, Part]:
     """A part for each task: its measures, base beside what is judged; documents are the bootstrap's units.
 
@@ -245,7 +259,9 @@ def harness_parts(
         told = [asked, tasks.options.shots, tasks.options.chat, task.config.generation_kwargs]
         digest = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
         data = DataUsed(name=f"lm-eval {name}", sha256=digest, rows=len(next(iter(base_found.values()))))
-        parts[shown] = part_of(data, next(iter(metrics)), metrics, base_found, judged_found, draw)
+        parts[shown] = part_of(
+            data, next(iter(metrics)), metrics, base_found, judged_found, draw, defined=defined
+        )  # fmt: skip
     return parts
 
 

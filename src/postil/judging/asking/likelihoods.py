@@ -173,15 +173,21 @@ def option_samples(
 ) -> tuple[list[list[Sample]], list[int]]:
     """Per question its options, each a (context, continuation), as samples with loss on the continuation alone.
 
-    The two are tokenised as one text; a token that begins in the context is no target. limit: the most tokens
-    of one. The second result names the questions (from 0) left out because one of their options is too long or
-    has no token to score.
+    The two are tokenised as one text; a token that begins in the context is no target. Without any context the
+    tokenizer's leading tokens stand for it, else its BOS or its end of text (as in lm-eval), so that the first token
+    is scored too. limit: the most tokens of one. The second result names the questions (from 0) left out because one
+    of their options is too long or has no token to score.
     """
+    flat = [option for question in options for option in question]
     drafts = [
         Draft(number, context + text, ((len(context), len(context) + len(text), 1.0),), close=False)
-        for number, (context, text) in enumerate((option for question in options for option in question), 1)
+        for number, (context, text) in enumerate(flat, 1)
+        if context
     ]
-    found = {sample.row: sample for sample in encode(drafts, tokenizer, limit=limit, too_long="drop", tally=Tally())}
+    encoded = encode(drafts, tokenizer, limit=limit, too_long="drop", tally=Tally())
+    whole = [_whole(number, text, tokenizer) for number, (context, text) in enumerate(flat, 1) if not context]
+    fit = [sample for sample in whole if sample.target_tokens and (limit is None or len(sample.ids) <= limit)]
+    found = {sample.row: sample for sample in (*encoded, *fit)}
     kept, left_out, first = [], [], 1
     for number, question in enumerate(options):
         samples = [found[row] for row in range(first, first + len(question)) if row in found]
@@ -191,6 +197,22 @@ def option_samples(
         else:
             left_out.append(number)
     return kept, left_out
+
+
+def _whole(number: int, text: str, tokenizer: Any) -> Sample:
+    """A text with loss on every token, after what stands before any text."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    head = leading_ids(tokenizer) or _before_text(tokenizer)
+    ids = ids if ids[: len(head)] == head else [*head, *ids]
+    weights = np.ones(len(ids), dtype=np.float32)
+    weights[: max(len(head), 1)] = 0
+    return Sample(np.array(ids, dtype=np.int32), weights, number)
+
+
+def _before_text(tokenizer: Any) -> list[int]:
+    """BOS, or the end of a text before it, where the tokenizer itself puts nothing before a text."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if first is None else [int(first)]
 
 
 def option_losses(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from postil.engine import Answer
+from postil.errors import StorageError
 from postil.files import write_text
 from postil.judging.asking.likelihoods import Losses
 from postil.judging.card.build import Measured
 from postil.judging.sets.general import General
-from postil.judging.sets.target import Target
+from postil.judging.sets.target import Item, Target
 
 WIDEST = 32  # numbers of a row's statistics that are written; F1 over many labels has more
 
@@ -42,8 +44,7 @@ def lines_of(
                 if target.answers:
                     line |= {"prompt": item.prompt, "references": item.value["references"]}
                 if side in answers:
-                    answer = answers[side][n]
-                    line |= {"answer": answer.text.strip(), "finish_reason": answer.finish_reason}
+                    line |= _said(answers[side][n])
                     line["statistics"] = {
                         name: stats[n].tolist() for name, stats in measured[side].items() if stats.shape[1] <= WIDEST
                     }
@@ -57,6 +58,49 @@ def lines_of(
                     "set": name, "row": row.number, "side": side, "right": right,
                     "nats": [total for total, _ in losses], "tokens": [count for _, count in losses],
                 }  # fmt: skip
+
+
+def answer_line(item: Item, side: str, answer: Answer) -> dict[str, Any]:
+    """The line of an answer while the judging goes on, before it is measured."""
+    line: dict[str, Any] = {"set": "target", "row": item.rows[0], "rows": list(item.rows), "side": side}
+    return line | {"prompt": item.prompt, "references": item.value["references"]} | _said(answer)
+
+
+def _said(answer: Answer) -> dict[str, Any]:
+    return {"answer": answer.text.strip(), "finish_reason": answer.finish_reason}
+
+
+@contextmanager
+def as_they_come(path: str | Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what appends a line to PATH.partial, each with the system at once; the file goes when the block ends well
+    and stays, with every answer so far, when it is left by an error or Ctrl-C. None: lines go nowhere.
+
+    Raises StorageError where nothing can be written there, before the work.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    partial = Path(f"{path}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        handle = partial.open("w", encoding="utf-8")
+    except OSError as problem:
+        raise _refused(partial, problem) from problem
+
+    def add(line: dict[str, Any]) -> None:
+        try:
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            handle.flush()
+        except OSError as problem:
+            raise _refused(partial, problem) from problem
+
+    with handle:
+        yield add
+    partial.unlink(missing_ok=True)
+
+
+def _refused(path: Path, problem: OSError) -> StorageError:
+    return StorageError(f"{path} could not be written ({problem.strerror}); free some space, or choose another place")
 
 
 def write_predictions(path: str | Path, lines: Iterator[dict[str, Any]]) -> None:

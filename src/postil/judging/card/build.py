@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postil.errors import InternalError, JudgeError, listed, nearest
-from postil.judging.bootstrap import compare, estimate
+from postil.judging.bootstrap import compare, estimate, row_values
+from postil.judging.card.definition import definition_of
 from postil.judging.card.model import Comparison, DataUsed, Estimate, Part
+from postil.judging.card.row_values import packed
 from postil.judging.metrics.metric import Metric, Row, Statistics, mean_of
 
 Measured = dict[str, Statistics]  # by measure: [units, k]
 Slices = dict[str, dict[str, NDArray[np.int64]]]  # column → value → units
+OTHERS = "(others)"  # the slice of a column's rare values
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +56,39 @@ def part_of(
     slices: Slices | None = None,
     few_shot: Measured | None = None,
     shots: int = 0,
+    defined: Mapping[str, Any] | None = None,
+    defined_each: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Part:
-    """Base beside adapter by every measure. A slice's interval is corrected for all slices looked at."""
+    """Base beside adapter by every measure. A gain in a slice is corrected for all slices looked at, harm is not.
+
+    defined, defined_each: what defines every measure, and by name what defines one, beyond its name (see
+    definition.py); without `defined` the measures have no definition.
+    """
     looks = sum(len(values) for values in (slices or {}).values())
+
+    def compared(name: str, units: NDArray[np.int64] | None = None) -> Comparison:
+        before, after = (base[name], adapter[name]) if units is None else (base[name][units], adapter[name][units])
+        found = compare(
+            metrics[name], before, after, seed=draw.seed, resamples=draw.resamples, level=draw.level,
+            looks=1 if units is None else looks,
+        )  # fmt: skip
+        told = {
+            "definition": definition_of(name, {**defined, **(defined_each or {}).get(name, {})}) if defined else "",
+            "row_values": packed(row_values(metrics[name], after)) if name == main else "",
+        }
+        return found.model_copy(update=told)
+
     return Part(
         data=data,
         main=main,
-        measures={name: _compared(metrics[name], base[name], adapter[name], draw) for name in base},
+        measures={name: compared(name) for name in base},
         few_shot={name: estimated(metrics[name], found, draw) for name, found in (few_shot or {}).items()},
         shots=shots,
         slices={
-            column: {
-                value: {
-                    name: _compared(metrics[name], base[name][units], adapter[name][units], draw, looks)
-                    for name in base
-                }
-                for value, units in values.items()
-            }
+            column: {value: {name: compared(name, units) for name in base} for value, units in values.items()}
             for column, values in (slices or {}).items()
         },
     )
-
-
-def _compared(metric: Metric, base: Statistics, adapter: Statistics, draw: Draw, looks: int = 1) -> Comparison:
-    return compare(
-        metric, base, adapter, seed=draw.seed, resamples=draw.resamples, looks=looks, level=draw.level
-    )  # fmt: skip
 
 
 def estimated(metric: Metric, found: Statistics, draw: Draw) -> Estimate:
@@ -91,7 +101,9 @@ def slices_of(
 ) -> tuple[Slices, dict[str, list[str]]]:
     """The units of each value of each column that the rows have; a list of tags puts a row into several.
 
-    The second result: by column, the values with fewer than `smallest` units, which get no slice.
+    Values with fewer than `smallest` units are one slice together, OTHERS; where they are too few even together, it
+    is filled up with the next rarest value, so that every row which has the column is looked at. The second result:
+    by column, the small values.
     """
     slices: Slices = {}
     small: dict[str, list[str]] = {}
@@ -106,11 +118,17 @@ def slices_of(
                         f"slices: a value of {column} holds half a surrogate pair, which is no text: {one!a}"
                     )
                 found.setdefault(one, []).append(unit)
-        kept = {value: np.array(units) for value, units in sorted(found.items()) if len(units) >= smallest}
-        if kept:
-            slices[column] = kept
-        if len(kept) < len(found):
-            small[column] = sorted(set(found) - set(kept))
+        rare = [value for value, units in found.items() if len(units) < smallest or value == OTHERS]
+        others = {unit for value in rare for unit in found[value]}
+        for value in sorted(set(found) - set(rare), key=lambda one: (len(found[one]), one)):
+            if not 0 < len(others) < smallest:
+                break
+            others.update(found[value])
+        if found:
+            slices[column] = {value: np.array(found[value]) for value in sorted(found) if value not in rare}
+        if rare:
+            slices[column][OTHERS] = np.array(sorted(others))
+            small[column] = sorted(rare)
     return slices, small
 
 

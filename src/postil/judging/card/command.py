@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from postil.base import Base
+from postil.data.shipped import SHIPPED
 from postil.judging.options import SCALES, JudgeOptions
-from postil.judging.sets.read import SHIPPED, From
+from postil.judging.sets.read import From
 
-_FLAGS = {"shots": "--shots", "null": "--null"}
+_FLAGS = {"shots": "--shots", "null": "--null", "scope": "--scope"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Sources:
 
     target: From | None = None
     general: From | None = SHIPPED
+    chat: From | None = SHIPPED
     choices: From | None = None
     pairs: From | None = None
     train: From | None = None
@@ -29,16 +31,17 @@ class Sources:
 
     def any_set(self) -> bool:
         """Whether there is anything to judge on."""
-        return any(one is not None for one in (self.target, self.general, self.choices, self.pairs))
+        return any(one is not None for one in (self.target, self.general, self.chat, self.choices, self.pairs))
 
     def flags(self) -> list[str]:
         """The flags that give them; what is as by default has none."""
         named = {"target": self.target, "choices": self.choices, "pairs": self.pairs, "train": self.train,
                  "leakage": self.leaks}  # fmt: skip
         words = [word for flag, one in named.items() if one is not None for word in (f"--{flag}", _word(one, "ROWS"))]
-        if isinstance(self.general, str) and self.general == SHIPPED:
-            return words
-        return [*words, "--general", "none" if self.general is None else _word(self.general, "ROWS")]
+        for flag, one in (("--general", self.general), ("--chat", self.chat)):
+            if not (isinstance(one, str) and one == SHIPPED):
+                words += [flag, "none" if one is None else _word(one, "ROWS")]
+        return words
 
 
 def command_of(judged: object, base: Base, sources: Sources, options: JudgeOptions) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from postil.errors import JudgeError, PostilError
 from postil.settings import Settings
 
 Verdict = Literal["better", "no evidence", "worse"]
+Better = Literal["higher", "lower"]
+_ROUNDING = 1e-6  # of the values at hand: what a sum of many rows loses
 
 
 class Estimate(Settings):
@@ -23,6 +25,28 @@ class Estimate(Settings):
     low: float
     high: float
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        ends = (self.value, self.low, self.high)
+        slack = _ROUNDING * max(1.0, *map(abs, ends))
+        if all(map(math.isfinite, ends)) and not self.low - slack <= self.value <= self.high + slack:
+            raise ValueError(f"{self.value:.6g} lies outside its own interval [{self.low:.6g}, {self.high:.6g}]")
+        return self
+
+
+def verdict_of(better: Better, difference: Estimate, corrected: Estimate | None = None) -> Verdict:
+    """What the intervals of a difference (adapter minus base) say: harm by the plain one, a gain by the one
+    corrected for all looks, where there is one."""
+    if _side(better, difference) == "worse":
+        return "worse"
+    return "better" if _side(better, corrected or difference) == "better" else "no evidence"
+
+
+def _side(better: Better, found: Estimate) -> Verdict:
+    if math.isnan(found.low) or math.isnan(found.high) or found.low <= 0 <= found.high:
+        return "no evidence"
+    return "better" if (found.low > 0) == (better == "higher") else "worse"
+
 
 def rows_needed(level: float) -> int:
     """The fewest rows, all changed the same way, that a two-sided sign test finds telling: 2 · 0.5^m ≤ 1 - level."""
@@ -32,28 +56,57 @@ def rows_needed(level: float) -> int:
 class Comparison(Settings):
     """One measure of base and adapter on the same rows.
 
-    difference: adapter minus base, with its paired bootstrap interval at `level` (corrected where several
-    looks are taken at one set). detectable: the smallest difference that this many rows would have shown with
-    80% power. z: the difference in units of the null adapters' spread, where they were run. definition: a digest of
-    all that defines the measure (its options, an own file's bytes, how answers are asked for, the base's form); only
-    measures of one definition may be compared with each other.
+    difference: adapter minus base, with its paired bootstrap interval at `level`. corrected: the same at a level
+    raised for all the looks that are taken at one set (Bonferroni); a gain must show there, harm in `difference`
+    already. verdict: what these intervals say. detectable: the smallest difference that this many rows would have
+    shown with 80% power. z: the difference in units of the null adapters' spread, where they were run. definition: a
+    digest of all that defines the measure (its options, an own file's bytes, how answers are asked for, the base's
+    form); only measures of one definition may be compared with each other. row_values: the adapter's value row by
+    row, packed (see row_values.py), so that a later version is compared with this one row by row.
     """
 
     where: ClassVar[str] = "score card"
     error: ClassVar[type[PostilError]] = JudgeError
 
     metric: str
-    better: Literal["higher", "lower"]
+    better: Better
     unit: str
     rows: int
     base: Estimate
     adapter: Estimate
     difference: Estimate
+    corrected: Estimate | None = None
     level: float = 0.95
     verdict: Verdict
     detectable: float
     z: float | None = None
     definition: str = ""
+    row_values: str = ""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        gap = self.adapter.value - self.base.value
+        slack = _ROUNDING * max(1.0, abs(self.adapter.value), abs(self.base.value))
+        for one in (self.difference, self.corrected):
+            if one is not None and math.isfinite(gap) and abs(one.value - gap) > slack:
+                raise ValueError(
+                    f"{self.metric}: the difference {one.value:.6g} is not adapter less base, "
+                    f"{self.adapter.value:.6g} - {self.base.value:.6g}"
+                )
+        if self.verdict != self.shown:
+            raise ValueError(f"{self.metric}: the verdict is {self.verdict!r}, and its interval says {self.shown!r}")
+        return self
+
+    @property
+    def shown(self) -> Verdict:
+        """The verdict computed from the intervals."""
+        return verdict_of(self.better, self.difference, self.corrected)
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """The plain interval of the difference as a gain: the harmful end first, whichever way is better."""
+        ends = (self.difference.low, self.difference.high)
+        return ends if self.better == "higher" else (-ends[1], -ends[0])
 
     @property
     def too_few(self) -> bool:
@@ -112,6 +165,31 @@ class Part(Settings):
         as_many = f" measured as {found.rows:,}" if found is not None and found.rows != self.data.rows else ""
         return f"{self.data.rows:,} rows{as_many}"
 
+    @property
+    def best_baseline(self) -> tuple[str, Comparison] | None:
+        """The baseline that is best by the main measure, few-shot among them, and the adapter beside it."""
+        return _best({name: found[self.main] for name, found in self.baselines.items() if self.main in found})
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the main measure's intervals say: better only where it is better than the base, than the base with
+        examples, and than the best of the other baselines; worse where it is worse than the base."""
+        beside = {name: found[self.main] for name, found in self.baselines.items() if self.main in found}
+        few, best = beside.pop("few_shot", None), _best(beside)
+        asked = [
+            self.measures[self.main],
+            *([few] if few is not None else []),
+            *([best[1]] if best is not None else []),
+        ]
+        if all(one.shown == "better" for one in asked):
+            return "better"
+        return "worse" if asked[0].shown == "worse" else "no evidence"
+
+
+def _best(baselines: dict[str, Comparison]) -> tuple[str, Comparison] | None:
+    sign = {"higher": 1, "lower": -1}
+    return max(baselines.items(), key=lambda one: one[1].base.value * sign[one[1].better], default=None)
+
 
 class CurvePoint(Settings):
     """The adapter's term scaled by `scale`: the target's main measure and general nats per token there."""
@@ -146,7 +224,11 @@ class Leakage(Settings):
 
 class Contamination(Settings):
     """How many of the rows judged on are known from the training: `target` rows of the target were trained on (of
-    `target_rows`), `general` rows of the general sets were trained on or guarded with (of `general_rows`)."""
+    `target_rows`), `general` rows of the general sets were trained on or guarded with (of `general_rows`).
+
+    A row is known by what it asks. Of the target's: `target_answers` were learned with an answer that it wants,
+    `target_held_out` were not learned but held out, to choose the adapter's state by.
+    """
 
     where: ClassVar[str] = "score card"
     error: ClassVar[type[PostilError]] = JudgeError
@@ -155,12 +237,15 @@ class Contamination(Settings):
     target_rows: int
     general: int
     general_rows: int
+    target_answers: int = 0
+    target_held_out: int = 0
 
 
 class ScoreCard(Settings):
     """Everything measured of one adapter. `general` holds several parts by name: "nats", "kl", "chat", "choices",
     "pairs". scope: what the adapter may be asked, anything ("assistant") or its own task alone ("task").
-    contamination: None where the adapter does not tell what it was trained on."""
+    contamination: None where the adapter does not tell what it was trained on. chat_template: whether the base has
+    one; None where nobody noted it."""
 
     where: ClassVar[str] = "score card"
     error: ClassVar[type[PostilError]] = JudgeError
@@ -175,6 +260,7 @@ class ScoreCard(Settings):
     leakage: Leakage | None = None
     contamination: Contamination | None = None
     scope: Literal["assistant", "task"] = "assistant"
+    chat_template: bool | None = None
     command: str  # reproduces this card
     seed: int = 0
     versions: dict[str, str] = Field(default_factory=dict)

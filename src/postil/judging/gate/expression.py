@@ -10,12 +10,12 @@ from typing import Literal
 from postil.errors import JudgeError, nearest
 
 End = Literal["", "low", "high"]
-Anchor = Literal["", "base", "live", "few_shot"]
-Wanted = Literal["better", "worse"]
-ROOTS = ("target", "general", "slices")
+Anchor = Literal["", "base", "live", "few_shot", "trivial"]
+Wanted = Literal["better", "worse", "kept", "none"]
+ROOTS = ("target", "general", "slices", "leakage", "contamination")
 ENDS: tuple[End, ...] = ("low", "high")
-ANCHORS: tuple[Anchor, ...] = ("base", "live", "few_shot")
-VERDICTS: tuple[Wanted, ...] = ("better", "worse")
+ANCHORS: tuple[Anchor, ...] = ("base", "live", "few_shot", "trivial")
+VERDICTS: tuple[Wanted, ...] = ("better", "worse", "kept", "none")
 SIGNS = ("<=", ">=", "<", ">")
 WORDS = frozenset({"and", "or", "not", "is", *ANCHORS})
 DEEPEST = 50  # nested parentheses and nots
@@ -30,8 +30,8 @@ _SPACE = re.compile(r"\s*")
 class Compare:
     """`path sign anchor ± offset`; without an anchor the right side is the number `offset` alone.
 
-    end: "low" or "high", where the path ended so: the end of the interval of (adapter − base), put on the
-    base's scale. column: where it began, counted from 1.
+    end: "low" or "high", where the path ended so: the end of the interval of (adapter − anchor), row by row, put on
+    the anchor's scale; the anchor is the base where the right side is a number. column: where it began, from 1.
     """
 
     path: str
@@ -105,12 +105,14 @@ def parse(text: str) -> Node:
     """The expression as a tree; `str` of it reads back to an equal one.
 
         either    = both {"or" both}            both = denied {"and" denied}
-        denied    = "not" denied | "(" either ")" | path "is" ["not"] ("better" | "worse") | path sign right
-        right     = ("base" | "live" | "few_shot") ["+" number | "-" number] | number
+        denied    = "not" denied | "(" either ")" | path "is" ["not"] verdict | path sign right
+        verdict   = "better" | "worse" | "kept" | "none"
+        right     = ("base" | "live" | "few_shot" | "trivial") ["+" number | "-" number] | number
         sign      = "<" | "<=" | ">" | ">="
 
-    A path begins with target, general or slices and may end in .low or .high; one with spaces or brackets
-    stands in quotes. Raises JudgeError with the column and the nearest known word.
+    A path begins with target, general, slices, leakage or contamination and may end in .low or .high; one with
+    spaces or brackets stands in quotes. Contamination alone can be none, leakage only kept, and general as a whole
+    only kept. Raises JudgeError with the column and the nearest known word.
     """
     reader = _Reader(text)
     node = reader.either(0)
@@ -179,13 +181,15 @@ class _Reader:
             negated = self.word("not")
             for verdict in VERDICTS:
                 if self.word(verdict):
+                    _check_fit(path, verdict, column)
                     return Judged(path, negated, verdict, column)
-            raise self.refusal("expected 'better' or 'worse' after 'is'", (*VERDICTS, "not"))
+            raise self.refusal("expected 'better', 'worse' or 'kept' after 'is'", (*VERDICTS, "not"))
         sign = next((sign for sign in SIGNS if self.literal(sign)), "")
         if not sign or self.text[self.at : self.at + 1] == "=":
             raise self.refusal(f"expected <, <=, >, >= or 'is' after {path!r}", ("is",))
         plain, end = _ended(path)
         anchor, offset = self.right()
+        _check_fit(plain, "", column, anchor)
         return Compare(plain, end, sign, anchor, offset, column)
 
     def path(self) -> str:
@@ -222,7 +226,7 @@ class _Reader:
         self.skip()
         match = _NUMBER.match(self.text, self.at)
         if match is None or (match[0].startswith("-") and not signed):
-            wanted = "base, live, few_shot or a number" if signed else "a number"
+            wanted = "base, live, few_shot, trivial or a number" if signed else "a number"
             raise self.refusal(f"expected {wanted}", ANCHORS if signed else ())
         value = float(match[0])
         if value in (float("inf"), float("-inf")):
@@ -257,6 +261,22 @@ class _Reader:
         found = match[0] if match else self.text[self.at : self.at + 1]
         hint = nearest(found, known) if found else ""
         return JudgeError(_at(self.at, f"{what}, found {found!r}{hint}" if found else f"{what}, found the end"))
+
+
+def _check_fit(path: str, verdict: Wanted | Literal[""], column: int, anchor: Anchor = "") -> None:
+    """Raise JudgeError where a path cannot be asked so."""
+    root, _, rest = path.partition(".")
+    told = ""
+    if (root == "contamination") is not (verdict == "none") and (verdict or anchor):
+        told = "'none' is for contamination, which is a count: `contamination is none`, `contamination.target <= 3`"
+    elif root == "leakage" and (verdict in ("better", "worse") or anchor not in ("", "base")):
+        told = "leakage is kept or not, or compared with base or a number: `leakage.adapter < base + 5`"
+    elif root == "leakage" and verdict and rest:
+        told = "leakage is kept as a whole: `leakage is kept`"
+    elif path == "general" and verdict != "kept":
+        told = "'general' is many measures: name one, such as general.nats, or ask `general is kept`"
+    if told:
+        raise JudgeError(_at(column - 1, told))
 
 
 def _ended(path: str) -> tuple[str, End]:

@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from postil.errors import GateError, listed
-from postil.judging.card.model import Comparison, ScoreCard
-from postil.judging.gate.conditions import Condition, NoAnswer, answer
-from postil.judging.gate.expression import And, Compare, Judged, Leaf, Node, Not, leaves, parse
+from postil.judging.card.model import Comparison, Part, ScoreCard
+from postil.judging.gate.comparisons import in_service
+from postil.judging.gate.conditions import answer
+from postil.judging.gate.expression import And, Compare, Judged, Leaf, Node, Not, Or, leaves, parse
+from postil.judging.gate.items import Condition, Item, NoAnswer, sides, slices_of_part
+from postil.judging.gate.margins import CHAT, held, too_little
+from postil.judging.gate.verdicts import ways_on
 
-DEFAULT = "target is better and general.nats < base + 0.05"  # over a card with slices also: EACH
-EACH = "slices is not worse"
+DEFAULT = "target is better and general is kept"  # and MEASURED, each where the card holds it
+MEASURED = ("slices is kept", "leakage is kept", "contamination is none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +65,39 @@ class GateResult:
 def check(card: ScoreCard, expression: str = DEFAULT, live: ScoreCard | None = None) -> GateResult:
     """Hold `card` against the expression; `live` is the card of the version in service.
 
-    Where no version is in service the base is, so `live` then means the base. A card without general data is
-    refused whatever the expression says, as is one whose measures named here are missing, not finite, or (for
-    `live`) taken on other rows. DEFAULT asks EACH too where the card has slices. Raises JudgeError for an
+    Where no version is in service the base is, so `live` then means the base. DEFAULT asks, where the card holds
+    them, for slices, leakage and contamination too. `general is kept` asks every general part that was measured, and
+    prose and (where the base has a template and the scope is "assistant") chat whether measured or not. A card that
+    holds too little general data is refused unless the expression names a general measure itself, as is one whose
+    measures named here are missing, not finite, or (for `live`) taken or defined otherwise. Raises JudgeError for an
     expression that cannot be read or names a measure that no card has.
     """
     tree = parse(expression)
-    if expression == DEFAULT and card.target is not None and card.target.slices:
-        tree = And((*_parts(tree), parse(EACH)))
+    if expression == DEFAULT:
+        tree = And((*_parts(tree), *map(parse, _measured(card))))
+    whole = _expanded(tree, card)
     answers: dict[Leaf, Condition] = {}
     blind = []
-    for leaf in leaves(tree):
+    for leaf in leaves(whole):
         try:
             answers[leaf] = answer(leaf, card, live)
         except NoAnswer as reason:
             answers[leaf] = Condition(str(leaf), None, None, False, str(reason))
             blind.append(answers[leaf])
-    general = _without_general(card)
-    culprits = list(dict.fromkeys(general or blind or _culprits(tree, answers, wanted=True)))
-    conditions = tuple(replace(c, broke=c in culprits) for c in (*general, *answers.values()))
-    reasons = [c.sentence + (" (the gate wants it otherwise)" if c.passed else "") for c in culprits]
+    general = _unseen(card, tree)
+    culprits = list(dict.fromkeys(general or blind or _culprits(whole, answers, wanted=True)))
+    spared = _spared(card, tree)
+    conditions = tuple(replace(c, broke=c in culprits) for c in (*general, *answers.values(), *spared))
     worse = _worse_slices(card, live)
-    unnamed = [name for name in worse if not any(name in c.slices for c in culprits)]
-    sentence = f"refused: {'; '.join(reasons)}" + (f"; slices that got worse: {listed(unnamed)}" if unnamed else "")
     if not culprits:
-        sentence = f"passed: {'; '.join(c.sentence for c in answers.values())}"
-    return GateResult(not culprits, str(tree), conditions, sentence, worse)
-
-
-def enforce(card: ScoreCard, expression: str = DEFAULT, live: ScoreCard | None = None) -> GateResult:
-    """As check; raises GateError (exit code 3), with the result as its `result`, where the gate refuses."""
-    result = check(card, expression, live)
-    if not result.passed:
-        raise refusal(result)
-    return result
+        return GateResult(True, str(tree), conditions, f"passed: {'; '.join(c.sentence for c in conditions)}", worse)
+    reasons = [c.sentence + (" (the gate wants it otherwise)" if c.passed else "") for c in culprits]
+    unnamed = [name for name in worse if not any(name in c.slices for c in culprits)]
+    if unnamed:
+        reasons.append(f"slices that got worse: {listed(unnamed)}")
+    if any(c.text.startswith(f"general.{CHAT}") and c.left is not None for c in culprits):
+        reasons.append(f"two ways on: {ways_on(CHAT)}")
+    return GateResult(False, str(tree), conditions, f"refused: {'; '.join(reasons)}", worse)
 
 
 def refusal(result: GateResult) -> GateError:
@@ -109,12 +112,56 @@ def unjudged(reason: str) -> GateResult:
     return GateResult(False, "", (Condition("score card", None, None, False, reason, True),), f"refused: {reason}")
 
 
-def _without_general(card: ScoreCard) -> list[Condition]:
-    if any(part.data.rows and part.measures for part in card.general.values()):
+def _measured(card: ScoreCard) -> list[str]:
+    """What DEFAULT asks beyond itself."""
+    there = (any(any(part.slices.values()) for _, _, part in sides(card)), card.leakage, card.contamination)
+    return [one for one, found in zip(MEASURED, there, strict=True) if found]
+
+
+def _expanded(node: Node, card: ScoreCard) -> Node:
+    """The tree with `general is kept` as the measures that it asks for."""
+    if isinstance(node, Not):
+        return Not(_expanded(node.part, card))
+    if isinstance(node, And | Or):
+        return type(node)(tuple(_expanded(part, card) for part in node.parts))
+    if node.path != "general" or not isinstance(node, Judged):
+        return node
+    asks_chat = card.scope == "assistant"
+    paths = ["general.nats"]
+    if asks_chat and CHAT not in card.general and card.chat_template is not False:
+        paths.append(f"general.{CHAT}")
+    for name, part in card.general.items():
+        if part.measures and (name != CHAT or asks_chat):
+            paths += [f"general.{name}" if one == part.main else f"general.{name}.{one}" for one in held(name, part)]
+    kept = And(tuple(Judged(path, False, "kept", node.column) for path in dict.fromkeys(paths)))
+    return Not(kept) if node.negated else kept
+
+
+def _spared(card: ScoreCard, tree: Node) -> list[Condition]:
+    """What the card's scope leaves out, said."""
+    asked = any(leaf.path == "general" for leaf in leaves(tree))
+    if card.scope == "assistant" or not asked:
         return []
+    sentence = f"scope is {card.scope}: general.{CHAT} is not asked, since the note answers its own task alone"
+    return [Condition("scope", card.scope, None, True, sentence)]
+
+
+def _unseen(card: ScoreCard, tree: Node) -> list[Condition]:
+    """The refusal of a card that nobody could have seen damage in."""
+    parts = {name: part for name, part in card.general.items() if part.data.rows and part.measures}
+    if not parts:
+        sentence = (
+            "the card holds no general data, so nobody has looked for damage; "
+            "judge the adapter again without --general none, which leaves it out"
+        )
+        return [Condition("general data", None, None, False, sentence)]
+    short = {name: too_little(name, part) for name, part in parts.items()}
+    if not all(short.values()) or any(leaf.path.startswith("general") for leaf in leaves(tree)):
+        return []
+    told = listed(f"general.{name} has {what}" for name, what in short.items())
     sentence = (
-        "the card holds no general data, so nobody has looked for damage; "
-        "judge the adapter again without --general none, which leaves it out"
+        f"the card's general data are too little to show damage: {told}; judge the adapter again on more, or name a "
+        "general measure in the expression"
     )
     return [Condition("general data", None, None, False, sentence)]
 
@@ -132,18 +179,26 @@ def _culprits(node: Node, answers: Mapping[Leaf, Condition], wanted: bool) -> li
 
 
 def _worse_slices(card: ScoreCard, live: ScoreCard | None) -> tuple[str, ...]:
-    if card.target is None:
-        return ()
+    """The slices that are worse than the base's, or than those of the version in service where they compare."""
     found = []
-    theirs = live.target if live is not None else None
-    comparable = theirs is not None and theirs.data.sha256 == card.target.data.sha256
-    for column, values in card.target.slices.items():
-        for value, measures in values.items():
-            m = measures.get(card.target.main)
-            other = theirs.slices.get(column, {}).get(value, {}) if theirs is not None and comparable else {}
-            if m is not None and (m.verdict == "worse" or _below(m, other.get(card.target.main))):
-                found.append(f"{column}={value}")
+    for path, where, part in sides(card):
+        for item in _judged_slices(path, where, part):
+            try:
+                other = in_service(item, card, live) if live is not None else None
+            except NoAnswer:
+                other = None
+            if item.measure.shown == "worse" or _below(item.measure, other):
+                found.append(item.slice)
     return tuple(found)
+
+
+def _judged_slices(path: str, where: str, part: Part) -> list[Item]:
+    """The slices by the part's main measure."""
+    sliced = {
+        column: {value: measures for value, measures in values.items() if part.main in measures}
+        for column, values in part.slices.items()
+    }
+    return list(slices_of_part(path, where, part.model_copy(update={"slices": sliced}), part.main))
 
 
 def _below(m: Comparison, other: Comparison | None) -> bool:

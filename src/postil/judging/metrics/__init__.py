@@ -10,20 +10,25 @@ from postil.judging.metrics.metric import Metric, Row
 from postil.judging.metrics.number_answers import MARK, number
 from postil.judging.metrics.options import Given
 from postil.judging.metrics.own import is_own, own
+from postil.judging.metrics.rouge import rouge_1, rouge_2, rouge_l, rouge_lsum
 from postil.judging.metrics.sari import sari
 from postil.judging.metrics.structure import is_json, json_schema, regex
-from postil.judging.metrics.text import bleu, chrf, exact_match, normalised_match, rouge_l
-from postil.judging.metrics.tools import call_names, exact_calls, refusals, valid_calls
-from postil.judging.metrics.wanted import asked, each, wanted
+from postil.judging.metrics.text import bleu, chrf, exact_match, normalised_match, token_f1
+from postil.judging.metrics.tools import call_names, exact_calls, refusals, valid_calls, wants_call
+from postil.judging.metrics.wanted import asked, calls_in, each, wanted
 
 __all__ = ["METRICS", "asked", "default_metric", "metric_named", "wanted"]
 
 METRICS: dict[str, Callable[[Given], Metric]] = {
     "exact_match": exact_match,
     "normalised_match": normalised_match,
+    "token_f1": token_f1,
     "bleu": bleu,
     "chrf": chrf,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
     "rouge_l": rouge_l,
+    "rouge_lsum": rouge_lsum,
     "sari": sari,
     "accuracy": accuracy,
     "macro_f1": macro_f1,
@@ -66,8 +71,12 @@ def default_metric(rows: Sequence[Row]) -> tuple[str, str]:
     if not rows:
         raise JudgeError("an empty set cannot be judged; it needs one row at least")
     if all(row.get("tools") or row.get("calls") for row in rows):
+        if not any(each([""] * len(rows), rows, lambda _, row: wants_call(row))):
+            return "refusals", "the rows offer tools and want no call"
         return "exact_calls", "the rows offer tools"
-    answers = each([""] * len(rows), rows, lambda _, row: wanted(row))
+    answers = each([""] * len(rows), rows, lambda _, row: list(dict.fromkeys(wanted(row))))
+    if all(calls_in(text) for texts in answers for text in texts):
+        return "exact_calls", "the answers are calls"
     if any(len(texts) > 1 for texts in answers):
         if all(_short(text) for texts in answers for text in texts):
             return "exact_match", "the answers are short, and several count"
@@ -77,7 +86,8 @@ def default_metric(rows: Sequence[Row]) -> tuple[str, str]:
         return "number", f"the answers end in {MARK} and a number"
     distinct = {text.strip() for text in texts}
     if len(distinct) * _PER_LABEL <= len(texts) and all(_is_label(text) for text in distinct):
-        return "accuracy", f"the answers are {len(distinct)} labels"
+        one = "every answer is the same label" if len(distinct) == 1 else f"the answers are {len(distinct)} labels"
+        return "accuracy", one
     if sum(map(_short, texts)) * 10 >= len(texts) * 9:
         return "exact_match", "the answers are short"
     return "bleu", "the answers are free text"

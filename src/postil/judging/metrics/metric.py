@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 
 Row = Mapping[str, Any]
 Statistics = NDArray[np.float64]  # [rows, k]
+Look = Callable[[Sequence[Row]], Sequence[str]]
+
+
+def _nothing_to_say(_: Sequence[Row]) -> Sequence[str]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,8 @@ class Metric:
 
     statistics(answers, rows) gives float64 [rows, k]; value maps sums of statistics [..., k] to values [...].
     A mean has k = 2 (sum, count); BLEU has its n-gram counts. unit: what the value counts ("%", "nats/token").
+    look: what a user should know of how a set of rows is measured, asked before the work; it raises JudgeError where
+    the measure would say nothing of them.
     """
 
     name: str
@@ -26,6 +33,7 @@ class Metric:
     unit: str
     statistics: Callable[[Sequence[str], Sequence[Row]], Statistics]
     value: Callable[[Statistics], NDArray[np.float64]]
+    look: Look = _nothing_to_say
 
     @property
     def sign(self) -> int:

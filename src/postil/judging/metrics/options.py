@@ -28,9 +28,11 @@ class AnswerOptions(NoOptions):
 
 
 class LabelOptions(AnswerOptions):
-    """labels: every label there is; otherwise those that the rows want."""
+    """labels: every label there is. others: without them, whether an answer that no row wants is a label of its own
+    ("labels") or only a miss of the wanted one ("miss")."""
 
     labels: tuple[str, ...] = ()
+    others: Literal["labels", "miss"] = "labels"
 
 
 class BleuOptions(NoOptions):
@@ -51,16 +53,19 @@ class ChrfOptions(NoOptions):
 
 
 class SariOptions(NoOptions):
-    """source: the column with the text to be simplified; otherwise the prompt or the last user message."""
+    """source: the column with the text to be simplified; otherwise the `input` beside an `instruction`, else the
+    whole prompt or last user message, an instruction in it included."""
 
     source: str | None = None
 
 
 class NumberOptions(NoOptions):
-    """tolerance: how far from the wanted number still counts. column: where the number stands, else the answer."""
+    """tolerance: how far from the wanted number still counts. column: where the number stands, else the answer.
+    decimal: the mark before a number's decimals."""
 
     tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     column: str = "answer"
+    decimal: Literal[".", ","] = "."
 
 
 class SchemaOptions(NoOptions):

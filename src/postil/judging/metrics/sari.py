@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from postil.judging.metrics.metric import Metric
+from postil.judging.metrics.metric import Metric, Row
 from postil.judging.metrics.options import Given, SariOptions, chosen
 from postil.judging.metrics.wanted import asked, column_of, points, wanted
 
@@ -19,7 +19,10 @@ def sari(given: Given) -> Metric:
     There are three reference implementations, and this is the one that Hugging Face's `evaluate` and tensor2tensor
     have: text lower-cased and split by sacrebleu's 13a tokenizer, 0/0 counts as 1 (in the authors' own script as 0,
     so that there even the reference itself can have less than 100), and recall of what is kept is taken over counts.
-    EASSE sums counts over the corpus instead, so its values are others.
+    EASSE sums counts over the corpus instead, so its values are others. Each reference has a vote, equal ones too.
+
+    The source is the text to be simplified and no instruction: a column (`source`), or the `input` beside an
+    `instruction`. Where neither is there it is the whole prompt, and the card says so.
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -29,14 +32,28 @@ def sari(given: Given) -> Metric:
     def words(text: str) -> list[str]:
         return tokenize(text.lower()).split(" ")
 
+    def source(row: Row) -> str:
+        return str(column_of(row, options.source)) if options.source else _input(row) or asked(row)
+
+    def look(rows: Sequence[Row]) -> list[str]:
+        if options.source or all(map(_input, rows)):
+            return []
+        return [
+            "sari: the source is the whole prompt, and what it tells the model to do counts as words to keep or "
+            "delete; where the text stands alone in a column, name it with metric_options.sari.source"
+        ]
+
     return points(
         "sari",
-        lambda answer, row: sentence_sari(
-            words(str(column_of(row, options.source)) if options.source else asked(row)),
-            words(answer),
-            [words(text) for text in wanted(row)],
-        ),
+        lambda answer, row: sentence_sari(words(source(row)), words(answer), [words(text) for text in wanted(row)]),
+        look,
     )
+
+
+def _input(row: Row) -> str:
+    """The text of an Alpaca row that comes with an instruction; empty where there is none."""
+    given = row.get("input") if isinstance(row.get("instruction"), str) else None
+    return given.strip() if isinstance(given, str) else ""
 
 
 def sentence_sari(source: Sequence[str], answer: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -6,21 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from postil.data import parse_tool_calls
 from postil.data.messages import check_tools
-from postil.data.template import CALL_OPEN
 from postil.errors import DataError, JudgeError
 from postil.judging.metrics.accept import Call, accepted, same
-from postil.judging.metrics.metric import Metric, Row
+from postil.judging.metrics.metric import Look, Metric, Row
 from postil.judging.metrics.options import Given, NoOptions, chosen
 from postil.judging.metrics.structure import checked, fits, schema_text
-from postil.judging.metrics.wanted import share, wanted_calls
-
-
-def calls_in(answer: str) -> Sequence[Call] | None:
-    """The calls of an answer, or None where it opens one that cannot be read: a broken call is never right."""
-    content, calls = parse_tool_calls(answer)
-    return None if CALL_OPEN in content else calls
+from postil.judging.metrics.wanted import calls_in, each, share, wanted_calls
 
 
 def exact_calls(given: Given) -> Metric:
@@ -35,13 +27,12 @@ def exact_calls(given: Given) -> Metric:
         calls = calls_in(answer)
         if calls is None:
             return False
-        accept = row.get("accept")
-        if isinstance(accept, Sequence) and any(isinstance(one, Mapping) for one in accept):
+        if (accept := _lists(row)) is not None:
             tools = _tools(row)
             return _matched(calls, accept, lambda call, wish: accepted(call, wish, tools.get(call["name"])))
         return _matched(calls, wanted_calls(row), same)
 
-    return share("exact_calls", right)
+    return share("exact_calls", right, _some_wanted("exact_calls"))
 
 
 def call_names(given: Given) -> Metric:
@@ -50,9 +41,10 @@ def call_names(given: Given) -> Metric:
 
     def right(answer: str, row: Row) -> bool:
         calls = calls_in(answer)
-        return calls is not None and _names(calls) == _names(wanted_calls(row))
+        wishes = wanted_calls(row) if _lists(row) is None else _lists(row) or ()
+        return calls is not None and _names(calls) == _names(wishes)
 
-    return share("call_names", right)
+    return share("call_names", right, _some_wanted("call_names"))
 
 
 def valid_calls(given: Given) -> Metric:
@@ -63,7 +55,7 @@ def valid_calls(given: Given) -> Metric:
     chosen(NoOptions, given)
 
     def right(answer: str, row: Row) -> bool | None:
-        if not wanted_calls(row):
+        if not wants_call(row):
             return None
         tools = _tools(row)
         if not tools:
@@ -74,13 +66,52 @@ def valid_calls(given: Given) -> Metric:
             call["name"] in schemas and fits(schemas[call["name"]], call["arguments"]) for call in calls or []
         )
 
-    return share("valid_calls", right)
+    return share("valid_calls", right, _some_wanted("valid_calls"))
 
 
 def refusals(given: Given) -> Metric:
     """The percentage of rows that no tool fits whose answer makes no call, and tries none."""
     chosen(NoOptions, given)
-    return share("refusals", lambda answer, row: None if wanted_calls(row) else calls_in(answer) == [])
+
+    def look(rows: Sequence[Row]) -> list[str]:
+        if all(_wishes(rows)):
+            raise JudgeError(
+                "refusals needs a row that wants no call, and here every row wants one; take exact_calls"
+            )
+        return []
+
+    return share("refusals", lambda answer, row: None if wants_call(row) else calls_in(answer) == [], look)
+
+
+def _some_wanted(name: str) -> Look:
+    """An answer without any call would be right in every row of a set that wants none."""
+
+    def look(rows: Sequence[Row]) -> list[str]:
+        if not any(_wishes(rows)):
+            raise JudgeError(
+                f"{name} needs a row that wants a call, and no row does: calls stand in the last message's "
+                '`tool_calls`, in `calls`, or in the completion as JSON {"name", "arguments"}; take another metric, '
+                "for example refusals or exact_match"
+            )
+        return []
+
+    return look
+
+
+def _wishes(rows: Sequence[Row]) -> list[bool]:
+    """Whether each row wants a call."""
+    return each([""] * len(rows), rows, lambda _, row: wants_call(row))
+
+
+def wants_call(row: Row) -> bool:
+    """Whether a row's right answer is a call."""
+    return _lists(row) is not None or bool(wanted_calls(row))
+
+
+def _lists(row: Row) -> Sequence[Any] | None:
+    """The row's `accept` lists of calls."""
+    accept = row.get("accept")
+    return accept if isinstance(accept, Sequence) and any(isinstance(one, Mapping) for one in accept) else None
 
 
 def _matched(calls: Sequence[Call], wishes: Sequence[Any], fit: Callable[[Call, Any], bool]) -> bool:

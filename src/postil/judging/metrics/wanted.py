@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from postil.data import parse_tool_calls, render_tool_calls
 from postil.data.formats import Chat, Pair, detect, read_row
 from postil.data.messages import calls_of
 from postil.data.options import DataOptions
+from postil.data.template import CALL_OPEN
 from postil.errors import DataError, JudgeError, nearest
-from postil.judging.metrics.metric import Metric, Row, Statistics, mean_of
+from postil.judging.metrics.metric import Look, Metric, Row, Statistics, mean_of
 
 Score = Callable[[str, Row], float | None]
 _OPTIONS = DataOptions()
@@ -52,13 +54,53 @@ def asked(row: Row) -> str:
 def wanted_calls(row: Row) -> list[dict[str, Any]]:
     """The tool calls ({"name", "arguments"}) that answer a row; none where no tool fits.
 
-    `calls` where the row has it, else those of the last assistant message, or written in the completion.
+    `calls` where the row has it, else those of the last assistant message, or written in the completion: between
+    postil's marks, or as JSON and nothing else. Raises JudgeError for a marked call that cannot be read.
     """
     if (calls := row.get("calls")) is not None:
         if not isinstance(calls, Sequence) or not all(_is_call(call) for call in calls):
             raise JudgeError('`calls` must be a list of {"name": ..., "arguments": {...}}')
         return [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return parse_tool_calls(_answer(row))[1]
+    calls = calls_in(_answer(row))
+    if calls is None:
+        raise JudgeError(f"the wanted answer opens a call ({CALL_OPEN}) that cannot be read: {_answer(row)!r:.80}")
+    return calls
+
+
+def calls_in(answer: str) -> list[dict[str, Any]] | None:
+    """The calls of an answer, or None where it opens one that cannot be read: a broken call is never right.
+
+    Marked ones, or an answer that is calls as JSON and nothing else: an object {"name", "arguments"} (or
+    "parameters", as some templates call them), a list of such, or one a line.
+    """
+    content, calls = parse_tool_calls(answer)
+    return None if CALL_OPEN in content else calls or _bare_calls(answer)
+
+
+def _bare_calls(answer: str) -> list[dict[str, Any]]:
+    text = answer.strip()
+    if text[:1] not in ("{", "["):
+        return []
+    whole = _json(text)
+    values = [_json(line) for line in text.splitlines() if line.strip()] if whole is None else whole
+    calls = [_bare_call(value) for value in (values if isinstance(values, list) else [values])]
+    return [call for call in calls if call is not None] if None not in calls else []
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _bare_call(value: Any) -> dict[str, Any] | None:
+    call = value["function"] if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping) else value
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", call.get("parameters"))
+    arguments = _json(arguments) if isinstance(arguments, str) else arguments
+    return {"name": call["name"], "arguments": arguments} if isinstance(arguments, Mapping) else None
 
 
 def _is_call(call: Any) -> bool:
@@ -132,11 +174,11 @@ def means(score: Score, *, scale: float = 1.0) -> Callable[[Sequence[str], Seque
     return statistics
 
 
-def share(name: str, score: Score) -> Metric:
+def share(name: str, score: Score, look: Look = lambda _: ()) -> Metric:
     """The percentage of counted rows for which `score` holds."""
-    return Metric(name, "higher", "%", means(score, scale=100), mean_of)
+    return Metric(name, "higher", "%", means(score, scale=100), mean_of, look)
 
 
-def points(name: str, score: Score) -> Metric:
+def points(name: str, score: Score, look: Look = lambda _: ()) -> Metric:
     """The mean of a score of 0 to 1, as points of 0 to 100."""
-    return Metric(name, "higher", "points", means(score, scale=100), mean_of)
+    return Metric(name, "higher", "points", means(score, scale=100), mean_of, look)

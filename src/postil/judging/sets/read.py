@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import numpy as np
 
 from postil import seeds
 from postil.data.rows import BadRow, Row, Source, open_source
-from postil.errors import DataError
+from postil.data.shipped import NAMES, shipped_rows
+from postil.errors import DataError, listed, nearest
 from postil.judging.card.model import DataUsed
 
 From = str | Path | Sequence[Mapping[str, Any]]
-SHIPPED = "shipped"  # the general sample that comes with postil
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,8 @@ def read_rows(source: From) -> Rows:
 
 def shipped_text() -> Rows:
     """The general sample that comes with postil."""
-    text = (files("postil.data") / "samples" / "general.jsonl").read_text(encoding="utf-8")
-    rows = read_rows([json.loads(line) for line in text.splitlines()])
-    return Rows("postil's general sample", rows.rows, rows.source)
+    rows = read_rows(shipped_rows("general"))
+    return Rows(NAMES["general"], rows.rows, rows.source)
 
 
 def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
@@ -61,6 +59,14 @@ def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
         line = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str) + "\n"
         digest.update(line.encode("utf-8", errors="backslashreplace"))
     return DataUsed(name=name, sha256=digest.hexdigest(), rows=len(rows), tokens=tokens)
+
+
+def column_of(rows: Rows, row: Row, name: str) -> Any:
+    """The value of a row's column. Raises DataError naming the line and the nearest column."""
+    if name not in row.value:
+        near = nearest(name, row.value) or f"; the row has {listed(map(repr, row.value))}"
+        raise DataError(f"{rows.where(row)}: no column {name!r}{near}.")
+    return row.value[name]
 
 
 def chosen(count: int, limit: int | None, seed: int, *names: str | int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,16 @@ from typing import Any
 from postil.base import Base
 from postil.data import DataOptions, Sample
 from postil.data.encode import Draft, Tally, encode
-from postil.data.formats import Chat, Pair, Shape, Text, detect, read_row, rename
+from postil.data.formats import Chat, Pair, Shape, Text, check_mapped
 from postil.data.load import draft_of
-from postil.data.rows import Row
 from postil.engine import Request
 from postil.engine.request import prompt_ids
 from postil.errors import DataError, JudgeError, RequestError, listed
 from postil.judging.card.model import DataUsed
-from postil.judging.metrics.wanted import wanted
+from postil.judging.sets.examples import Example, Training, conversation, example_of, question_key
 from postil.judging.sets.read import From, Rows, chosen, read_rows, used
 
+SHOTS = 4  # examples where nobody says how many
 _MARGIN = 8  # tokens that an answer may have beyond a quarter more than the longest reference
 
 
@@ -77,14 +76,10 @@ class Target:
 
 @dataclass(slots=True)
 class _Draft:
-    """A row on its way: its question's key, its reference texts and its draft."""
+    """A row on its way: as read, and as this base is shown it."""
 
-    row: Row
-    value: dict[str, Any]
-    example: Chat | Pair | Text
-    references: list[str]
+    read: Example
     draft: Draft
-    key: str
 
 
 def read_target(
@@ -145,31 +140,19 @@ def _drafts(rows: Rows, tokenizer: Any, options: DataOptions) -> tuple[str, list
     fmt, out = "", []
     for row in rows.rows:
         try:
-            value = rename(row.value, options.columns)
-            if "completion" not in value and "prompt" in value and "references" in value:
-                value["completion"] = wanted(value)[0]
-            shape = shape or detect(value, options)
-            example = read_row(value, shape)
-            references = [] if isinstance(example, Text) else wanted(value)
-            fmt, draft = draft_of(row.number, example, tokenizer, options)
+            read, shape = example_of(row, shape, options)
+            fmt, draft = draft_of(row.number, read.example, tokenizer, options)
         except (DataError, JudgeError) as problem:
             raise DataError(f"{rows.where(row)}: {problem}") from None
-        out.append(_Draft(row, value, example, references, draft, _key(example)))
+        out.append(_Draft(read, draft))
+    check_mapped(options.columns, {name for one in out for name in one.read.value})
     return fmt, out
-
-
-def _key(example: Chat | Pair | Text) -> str:
-    """Equal for rows that ask the same, whatever columns they ask it in."""
-    if isinstance(example, Text):
-        return ""
-    messages, tools = _conversation(example)
-    return json.dumps([messages[:-1], tools], sort_keys=True)
 
 
 def _grouped(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
     groups: dict[str, list[_Draft]] = {}
     for draft in drafts:
-        groups.setdefault(draft.key, []).append(draft)
+        groups.setdefault(draft.read.key, []).append(draft)
     return list(groups.values())
 
 
@@ -181,12 +164,13 @@ def _items(groups: Sequence[Sequence[_Draft]], base: Base, too_long: Any) -> tup
         places.setdefault(sample.row, []).append(place)
     items = []
     for group in groups:
-        kept = tuple(place for one in group for place in places.get(one.row.number, ()))
+        read = [one.read for one in group]
+        kept = tuple(place for one in read for place in places.get(one.row.number, ()))
         if kept:
-            first, value = group[0], dict(group[0].value)
+            first, value = read[0], dict(read[0].value)
             if not isinstance(first.example, Text):
-                value["references"] = list(dict.fromkeys(text for one in group for text in one.references))
-            items.append(Item(tuple(one.row.number for one in group), value, kept, first.example))
+                value["references"] = [text for one in read for text in one.references]  # equal ones vote in SARI
+            items.append(Item(tuple(one.row.number for one in read), value, kept, first.example))
     return items, samples
 
 
@@ -209,16 +193,10 @@ def _question(
             f"{one.prompt}{options.separator}{one.completion}\n\n" for one in examples if isinstance(one, Pair)
         )
         return Request(prompt=before + example.prompt + options.separator, raw=True)
-    chat, tools = _conversation(example)
+    chat, tools = conversation(example)
     opening = [message for message in chat[:1] if message["role"] == "system"]
-    shown = [message for one in examples for message in _conversation(one)[0] if message["role"] != "system"]
+    shown = [message for one in examples for message in conversation(one)[0] if message["role"] != "system"]
     return Request(messages=(*opening, *shown, *chat[len(opening) : -1]), tools=tools)
-
-
-def _conversation(example: Chat | Pair | Text) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    chat = example.as_chat() if isinstance(example, Pair) else example
-    assert isinstance(chat, Chat)
-    return chat.messages, chat.tools
 
 
 def _ids(request: Request, item: Item, base: Base) -> list[int]:
@@ -228,37 +206,43 @@ def _ids(request: Request, item: Item, base: Base) -> list[int]:
         raise DataError(f"row {item.rows[0]}: {problem}") from None
 
 
-def few_shot(target: Target, source: From, base: Base, shots: int, seed: int) -> tuple[list[list[int]], list[str]]:
-    """Every item's prompt after `shots` rows of a training file, drawn once by the seed; and notes.
+@dataclass(frozen=True, slots=True)
+class FewShot:
+    """Every item's prompt after `shots` worked examples, as tokens; notes: for the user."""
+
+    ids: tuple[list[int], ...]
+    shots: int
+    notes: tuple[str, ...] = ()
+
+
+def few_shot(target: Target, training: Training, base: Base, shots: int | None, seed: int) -> FewShot:
+    """Every item's prompt after rows of the training file, drawn once by the seed; shots: None takes SHOTS, or as
+    many as there are.
 
     Rows that ask what the target asks are not drawn. Where a prompt does not fit the context, it has fewer
-    examples. Raises DataError for a bad line, JudgeError where there are too few rows or they are of another kind.
+    examples. Raises JudgeError where there are fewer rows than the shots that were asked for.
     """
-    rows = read_rows(source)
-    fmt, drafts = _drafts(rows, base.tokenizer, target.options)
-    if "text" in (fmt, target.format) or (fmt == "raw") != (target.format == "raw"):
+    asked = {question_key(item.example) for item in target.items}
+    free = [one for one in training.examples if one.key not in asked]
+    if shots is not None and len(free) < shots:
         raise JudgeError(
-            f"{rows.name} holds rows of format {fmt}, which are no examples for a target of format {target.format}; "
-            "draw examples from rows like the target's"
+            f"{training.name} has {len(free)} rows that the target does not ask itself; --shots {shots} needs as many"
         )
-    asked = {_key(item.example) for item in target.items}
-    free = [draft for draft in drafts if draft.key not in asked]
-    if len(free) < shots:
-        raise JudgeError(
-            f"{rows.name} has {len(free)} rows that the target does not ask itself; --shots {shots} needs as many"
-        )
-    examples = [free[place].example for place in chosen(len(free), shots, seed, "shots")]
+    count = min(SHOTS, len(free)) if shots is None else shots
+    examples = [free[place].example for place in chosen(len(free), count, seed, "shots")]
     out, fewer = [], 0
     for item in target.items:
         ids: list[int] = []
-        for count in range(shots, -1, -1):
-            ids = _ids(_question(item.example, examples[:count], target.options, target.format), item, base)
+        for number in range(count, -1, -1):
+            ids = _ids(_question(item.example, examples[:number], target.options, target.format), item, base)
             if base.context is None or len(ids) + target.max_new_tokens <= base.context:
-                fewer += count < shots
+                fewer += number < count
                 break
         out.append(ids)
-    notes = [f"few-shot: {fewer:,} prompts have fewer than {shots} examples, for the base's context"] if fewer else []
-    return out, notes
+    notes = (
+        (f"few-shot: {fewer:,} prompts have fewer than {count} examples, for the base's context",) if fewer else ()
+    )
+    return FewShot(tuple(out), count, notes)
 
 
 def _longest(references: Sequence[str], tokenizer: Any) -> int:

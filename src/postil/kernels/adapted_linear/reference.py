@@ -26,11 +26,11 @@ def adapted_linear_reference(
             term = torch.zeros_like(y[rows])
             if b is not None:
                 a = slot.a[low:high].to(x.dtype)
-                h = drop(x[rows], span, slot, group) @ a.T
+                h = drop(x[rows], group, j, slot, spans, span) @ a.T
                 term = term + span.scale * slot.scales[j] * (h @ b.to(x.dtype).T)
             if bias is not None:
-                own = member.bias
-                term = term + span.scale * (bias if own is None else bias - own).to(x.dtype)
+                assert member.bias is not None
+                term = term + span.scale * (bias - member.bias).to(x.dtype)
             y = torch.cat([y[: span.start], y[rows] + term, y[span.end :]])
         outputs.append(y)
     return tuple(outputs)

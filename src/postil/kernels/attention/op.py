@@ -1,16 +1,18 @@
-"""attention: the fast path over segments, with torch's fused kernel for sequences and one batch for decoding."""
+"""attention: the fast path over segments, with torch's fused kernel for sequences and batches for decoding."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from torch.utils.checkpoint import checkpoint
 
-from postil.kernels.attention.reference import attention_reference, visible
+from postil.kernels.attention.decode import decode
+from postil.kernels.attention.recomputed import recomputed
+from postil.kernels.attention.reference import visible
 from postil.kernels.layout import Segment
 
 SMALL_MASK = 2**15  # bytes of a mask that is kept: at most 16 MiB of them
@@ -31,31 +33,34 @@ def attention(
 
     window: a query sees itself and the window-1 keys before it (None: all before it). softcap: scores become
     softcap·tanh(score/softcap) (Gemma 2). sinks: one extra logit per head that takes weight and gives no value.
-    Segments cover the queries in order. No mask larger than [queries of a block, keys it can see] is made. Every
-    row of v is finite: a decoding batch reads rows beyond a segment's keys with weight 0.
+    Segments cover the queries in order. Nothing larger than [queries of a block, keys it can see] is made, nor kept
+    for the backward pass. Scores and sums are float32 (so a device's fused kernel sums, too),
+    rounded once to q's dtype. What k and v hold outside a segment's own keys counts for nothing, be it NaN.
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
-    plain = softcap is None and sinks is None
+    if not segments:
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     alone = not any(segment.prefix for segment in segments)
-    if plain and alone and len(segments) > 1 and all(segment.q1 - segment.q0 == 1 for segment in segments):
-        return _decode(q, k, v, segments, scale, window)
-    if plain and _whole_pack(segments, q.shape[0], k.shape[0]):
+    if softcap is not None or sinks is not None:
+        blocks = [block for segment in segments for block in _blocks(segment, window)]
+        return recomputed(q, k, v, blocks, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    learning = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v))
+    if alone and not learning and all(segment.q1 - segment.q0 == 1 for segment in segments):
+        return decode(q, k, v, tuple(segments), scale, window)
+    if _whole_pack(segments, q.shape[0], k.shape[0]):
         return _pack(q, k, v, segments, scale, window)
     outputs = []
     for segment in segments:
-        if plain and not segment.prefix:
+        if segment.prefix:
+            outputs.append(recomputed(q, k, v, _blocks(segment, window), scale=scale, window=window))
+        else:
             outputs.append(_sequence(q, k, v, segment, scale, window))
-            continue
-        for block in _blocks(segment, window):
-            outputs.append(
-                attention_reference(q, k, v, [block], scale=scale, window=window, softcap=softcap, sinks=sinks)
-            )
-    return torch.cat(outputs) if outputs else q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    return torch.cat(outputs)
 
 
 def _whole_pack(segments: Sequence[Segment], queries: int, keys: int) -> bool:
     """Whether the segments are whole sequences, or rests of them, one after another, that fill the batch."""
-    if not segments or queries != keys:
+    if queries != keys:
         return False
     edges = [0, *(segment.q1 for segment in segments)]
     own = all(s.k0 == s.q0 == start and s.k1 == s.q1 for s, start in zip(segments, edges, strict=False))
@@ -112,9 +117,18 @@ def _sequence(
         return _fused(q, k, v, Segment(segment.q0, segment.q1, first, segment.k1), scale, None)
     outputs = []
     for block in _blocks(segment, window):
-        mask = _mask(block, window, q)
-        outputs.append(_fused(q, k, v, block, scale, mask))
+        part = partial(_masked, block=block, scale=scale, window=window)
+        if torch.is_grad_enabled():  # torch would keep each block's mask as floats: [queries, keys] again
+            outputs.append(checkpoint(part, q, k, v, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(part(q, k, v))
     return torch.cat(outputs)
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, block: Segment, scale: float, window: int | None
+) -> torch.Tensor:
+    return _fused(q, k, v, block, scale, _mask(block, window, q))
 
 
 def _mask(block: Segment, window: int | None, q: torch.Tensor) -> torch.Tensor:
@@ -142,58 +156,18 @@ def _fused(
 ) -> torch.Tensor:
     heads, kv_heads = q.shape[1], k.shape[1]
 
-    def by_head(rows: torch.Tensor) -> torch.Tensor:  # [keys, kv_heads, dim] -> [1, heads, keys, dim]
-        if kv_heads != heads:
+    def by_head(rows: torch.Tensor) -> torch.Tensor:  # [keys, kv_heads or heads, dim] -> [1, heads, keys, dim]
+        rows = rows.float() if q.device.type == "cpu" else rows
+        if rows.shape[1] != heads:
             rows = rows.repeat_interleave(heads // kv_heads, 1)
         return rows.transpose(0, 1)[None]
 
     out = F.scaled_dot_product_attention(
-        q[segment.q0 : segment.q1].transpose(0, 1)[None],
+        by_head(q[segment.q0 : segment.q1]),
         by_head(k[segment.k0 : segment.k1]),
         by_head(v[segment.k0 : segment.k1]),
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
     )
-    return out[0].transpose(0, 1)
-
-
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """One query per segment: all segments in one batched product, keys viewed in place where evenly spaced."""
-    longest = max(segment.k1 - segment.k0 for segment in segments)
-    keys = _batched_rows(k, segments, longest)  # [batch, longest, kv_heads, dim]
-    values = _batched_rows(v, segments, longest)
-    batch, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    lengths = torch.tensor([segment.k1 - segment.k0 for segment in segments], device=q.device)[:, None]
-    columns = torch.arange(longest, device=q.device)[None, :]
-    hide = columns >= lengths
-    if window is not None:
-        hide |= columns < lengths - window
-    grouped = q.view(batch, kv_heads, heads // kv_heads, dim)
-    scores = torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float() * scale  # [batch, kv, group, longest]
-    scores.masked_fill_(hide[:, None, None, :], float("-inf"))
-    weights = scores.softmax(-1).to(v.dtype)  # exactly 0 where hidden
-    return torch.matmul(weights, values.transpose(1, 2)).reshape(batch, heads, -1)
-
-
-def _batched_rows(x: torch.Tensor, segments: Sequence[Segment], longest: int) -> torch.Tensor:
-    starts = [segment.k0 for segment in segments]
-    step = starts[1] - starts[0]
-    even = all(b - a == step for a, b in itertools.pairwise(starts))
-    if even and step >= 0 and starts[-1] + longest <= x.shape[0] and x.is_contiguous():
-        row = x.stride(0)
-        return x.as_strided(
-            (len(starts), longest, x.shape[1], x.shape[2]),
-            (step * row, row, x.stride(1), x.stride(2)),
-            x.storage_offset() + starts[0] * row,
-        )
-    index = torch.tensor(starts, device=x.device)[:, None] + torch.arange(longest, device=x.device)
-    return x[index.clamp_(max=x.shape[0] - 1)]
+    return out[0].transpose(0, 1).to(q.dtype)

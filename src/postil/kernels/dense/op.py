@@ -44,7 +44,8 @@ def instructions() -> str:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of these rows [..., d] are made in float32."""
+    """Whether products of these rows [..., d] are made in float32 tiles. Fewer rows go torch's own way, which sums in
+    float32 and rounds once as well: how many rows there are changes the order of the sums, no more."""
     return x.device.type == "cpu" and x.numel() >= WIDE_ROWS * x.shape[-1] > 0 and not multiplies(x.dtype)
 
 
@@ -71,13 +72,14 @@ def matmul_t(
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.weight = weight  # read again in the backward pass, never copied
+        ctx.save_for_backward(weight)  # not copied: read again in the backward pass, refused where it was written to
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        return matmul_t(g, ctx.weight) if ctx.needs_input_grad[0] else None, None, None
+        (weight,) = ctx.saved_tensors
+        return matmul_t(g, weight) if ctx.needs_input_grad[0] else None, None, None
 
 
 @torch.no_grad()

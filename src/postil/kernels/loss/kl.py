@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch.autograd.function import once_differentiable
 
-from postil.kernels.loss.op import CHUNK_ROWS
+from postil.kernels.loss.chunks import Gradients, chunks, saved
 from postil.kernels.loss.reference import Head
 
 
@@ -43,14 +43,11 @@ class _ChunkedKl(torch.autograd.Function):
         recording: bool,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = hidden_q.shape[0]
         wanted = recording and any(ctx.needs_input_grad)
-        kl = torch.empty(rows, dtype=torch.float32, device=hidden_q.device)
-        dhidden = torch.empty_like(hidden_q) if wanted else None
-        dparameters: list[torch.Tensor | None] = [None] * len(parameters)
+        kl = torch.empty(hidden_q.shape[0], dtype=torch.float32, device=hidden_q.device)
+        gradients = Gradients.of(hidden_q, parameters, wanted)
         buffers: list[torch.Tensor] = []  # four [chunk, vocabulary]: fresh memory costs more than the sums in it
-        for start in range(0, rows, CHUNK_ROWS):
-            end = min(start + CHUNK_ROWS, rows)
+        for start, end in chunks(hidden_q.shape[0]):
             with torch.no_grad():
                 logits_p = head_p(hidden_p[start:end], start, end)
             with torch.set_grad_enabled(wanted):
@@ -63,30 +60,16 @@ class _ChunkedKl(torch.autograd.Function):
                 # Σ_v p_v (log p_v - log q_v), log p_v = z_v - log Σ_u exp z_u
                 kl[start:end] = z_p.sub_(z_q).mul_(p).sum(-1) - log_p + log_q
                 slope = q.sub_(p).to(logits.dtype) if wanted else None  # d KL / d logits of q = q - p
-            if dhidden is not None:
-                dchunk, *parts = torch.autograd.grad(logits, [chunk, *parameters], slope, allow_unused=True)
-                dhidden[start:end] = dchunk
-                for index, part in enumerate(parts):
-                    known = dparameters[index]
-                    if part is not None:
-                        dparameters[index] = part if known is None else known + part
-        if dhidden is not None:
-            ctx.save_for_backward(dhidden, *dparameters)
+            gradients.add(start, logits, chunk, parameters, slope)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(kl)
         return kl.sum(), kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: torch.Tensor, _dkl: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dhidden, *dparameters = ctx.saved_tensors
-        return (
-            None,
-            dhidden * dtotal.to(dhidden.dtype),
-            None,
-            None,
-            None,
-            *(None if part is None else part * dtotal.to(part.dtype) for part in dparameters),
-        )
+        dhidden, dparameters = saved(ctx, dtotal)
+        return None, dhidden, None, None, None, *dparameters
 
 
 def _softmax(logits: torch.Tensor, z: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch.autograd.function import once_differentiable
 
+from postil.kernels.loss.chunks import Gradients, chunks, saved
 from postil.kernels.loss.reference import Head
-
-CHUNK_ROWS = 256  # logits of one chunk: 256 × vocabulary
 
 
 def cross_entropy(
@@ -46,41 +45,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         recording: bool,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = hidden.shape[0]
         wanted = recording and any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        nll = torch.empty(rows, dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if wanted else None
-        dparameters: list[torch.Tensor | None] = [None] * len(parameters)
-        for start in range(0, rows, CHUNK_ROWS):
-            end = min(start + CHUNK_ROWS, rows)
+        nll = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        gradients = Gradients.of(hidden, parameters, wanted)
+        for start, end in chunks(hidden.shape[0]):
             with torch.set_grad_enabled(wanted):
                 chunk = hidden[start:end].detach().requires_grad_(wanted)
                 losses = F.cross_entropy(head(chunk, start, end).float(), targets[start:end], reduction="none")
                 loss = (losses * weights[start:end]).sum()
             total += loss.detach()
             nll[start:end] = losses.detach()
-            if dhidden is not None:
-                dchunk, *parts = torch.autograd.grad(loss, [chunk, *parameters], allow_unused=True)
-                dhidden[start:end] = dchunk
-                for index, part in enumerate(parts):
-                    known = dparameters[index]
-                    if part is not None:
-                        dparameters[index] = part if known is None else known + part
-        if dhidden is not None:
-            ctx.save_for_backward(dhidden, *dparameters)
+            gradients.add(start, loss, chunk, parameters)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(nll)
         return total, nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: torch.Tensor, _dnll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dhidden, *dparameters = ctx.saved_tensors
-        return (
-            dhidden * dtotal.to(dhidden.dtype),
-            None,
-            None,
-            None,
-            None,
-            *(None if part is None else part * dtotal.to(part.dtype) for part in dparameters),
-        )
+        dhidden, dparameters = saved(ctx, dtotal)
+        return dhidden, None, None, None, None, *dparameters

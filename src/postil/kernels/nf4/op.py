@@ -152,9 +152,8 @@ def matmul(
 
 
 def matmul_t(g: Float[torch.Tensor, "n d_out"], w: Nf4Weight) -> Float[torch.Tensor, "n d_in"]:
-    """g W in g's dtype, W dequantised tile by tile; gradients flow to g."""
-    y: torch.Tensor = _MatmulT.apply(g, w)  # type: ignore[no-untyped-call]
-    return y
+    """g W in g's dtype, W dequantised tile by tile; no gradient flows (the backward pass of `matmul`)."""
+    return _product_t(g, w)
 
 
 class _Matmul(torch.autograd.Function):
@@ -168,18 +167,6 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         dx = _product_t(g, ctx.w) if ctx.needs_input_grad[0] else None
         return dx, None, g.sum(0) if ctx.needs_input_grad[2] else None
-
-
-class _MatmulT(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
-        ctx.w = w
-        return _product_t(g, w)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _product(dx, ctx.w, None), None
 
 
 def _product(x: torch.Tensor, w: Nf4Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -198,6 +185,7 @@ def _product(x: torch.Tensor, w: Nf4Weight, bias: torch.Tensor | None) -> torch.
     return y
 
 
+@torch.no_grad()
 def _product_t(g: torch.Tensor, w: Nf4Weight) -> torch.Tensor:
     d_out, d_in = w.shape
     if not g.shape[0]:
