@@ -227,8 +227,7 @@ def test_the_sentence_names_the_best_baseline() -> None:
 
     assert said() == "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0)."
     assert said(copy_prompt=3, nearest_row=20) == (
-        "Target.accuracy is better than the base's: 0% → 55%, difference 55 [54, 56], and than the best trivial "
-        "baseline's, nearest_row (20%, 35 [34, 36])."
+        "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0), and than nearest row (20.0)."
     )
     assert said(random_option=54.5, copy_prompt=0) == (
         "Target.accuracy is not better than the best trivial baseline's, random_option: 54.5% → 55%, difference 0.5 "

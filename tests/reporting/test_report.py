@@ -90,9 +90,10 @@ def test_the_best_of_what_needs_no_learning_is_named() -> None:
     )
     page = "".join(card_html(card(target=found)))
     assert "best of the baselines" in page
-    assert "not better than the best trivial baseline's, nearest_row: 60.69 points" in sentence(card(target=found))
+    assert "is not better than the best trivial baseline's, nearest_row" in sentence(card(target=found))
     better = part.model_copy(update={"baselines": {"copy_prompt": beside["copy_prompt"]}})
-    assert sentence(card(target=better)).startswith("Better on the target: bleu 8.0 → 60.7 points")
+    assert sentence(card(target=better)).startswith("Better on the target: bleu ")
+    assert ", and than copy prompt (20.0)" in sentence(card(target=better))
     assert "the adapter is better (+40.7, +40.7 to +40.8)" in baseline_line(better)
 
 
