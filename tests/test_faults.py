@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import socket
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_base import CHATML, EOS, byte_tokenizer
 from postil import Engine, LoraConfig, Request, attach, detach, export_merged, merge, train
 from postil.adapter import AdaptedModel
 from postil.adapter.peft_files import load_adapter, save_adapter
@@ -34,11 +37,7 @@ from postil.seeds import derive
 from postil.training import Recipe, TrainOptions, batch, defaults, optimizer, prepare, step
 from postil.training.loop import run
 
-VOCABULARY, EOS = 260, 257
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+VOCABULARY = 260
 KINDS = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64},
     "gpt2": {},
@@ -56,14 +55,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Every byte a token; pad is eos, as in most bases."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
+    made = byte_tokenizer()
+    made.pad_token = "<|im_end|>"
     assert made.pad_token_id == made.eos_token_id == EOS
     return made
 
