@@ -34,12 +34,8 @@ from postil.engine.request import prompt_ids
 from postil.errors import AdapterError, RecipeError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.seeds import derive
-from postil.training import Recipe, TrainOptions, prepare
-from postil.training.batch import to_device
-from postil.training.defaults import chosen
+from postil.training import Recipe, TrainOptions, batch, defaults, optimizer, prepare, step
 from postil.training.loop import run
-from postil.training.optimizer import AdapterWeights
-from postil.training.step import gradients as step_gradients
 
 VOCABULARY = 260
 KINDS = {
@@ -108,8 +104,8 @@ def logits(model: Any, ids: Any = range(1, 20)) -> torch.Tensor:
 def gradients(packs: list[Any], model: AdaptedModel) -> tuple[float, torch.Tensor]:
     """The loss and the flat gradient of one step."""
     resident = model.resident("default")
-    weights = AdapterWeights.of(resident)
-    loss, _, _ = step_gradients(model, weights, resident, packs, TrainOptions(), 1)
+    weights = optimizer.AdapterWeights.of(resident)
+    loss, _, _ = step.gradients(model, weights, resident, packs, TrainOptions(), 1)
     return loss, weights.grad.clone()
 
 
@@ -176,8 +172,8 @@ def test_soup354_an_adapter_depends_on_its_seed_alone() -> None:
 
 
 def test_trl_sftconfig_defaults_are_the_methods_own() -> None:
-    rates = {method: chosen(100_000, 10**6, 90, method).learning_rate for method in ("lora", "qlora", "full")}
-    assert rates["lora"] == rates["qlora"] == pytest.approx(10 * rates["full"])
+    lora, qlora, full = (defaults.chosen(10**5, 10**6, 90, kind).learning_rate for kind in ("lora", "qlora", "full"))
+    assert lora == qlora == pytest.approx(10 * full)
     assert DataOptions().max_length is None  # the base's context, not 1024
 
 
@@ -250,7 +246,7 @@ def test_t1230_a_pack_leaks_nothing() -> None:
     model = adapted(scrambled=True)
     made = samples(5)
     packed = pack(made)
-    ids, positions, _ = to_device(packed, model)
+    ids, positions, _ = batch.to_device(packed, model)
     layout = Layout.packed(packed.lengths, Spans((Span(0, len(ids), 0),)))
     with torch.no_grad(), model.using(layout):
         together = model.logits(model.hidden(ids, positions), layout.spans)
