@@ -19,6 +19,8 @@ from typing import Any
 from evidence import laid, questions, rows_of
 from main_job import BASE, machine, test_set
 from postil.files import write_json, write_text
+from postil.registry import Registry
+from postil.registry.cache import versions_directory
 
 HERE = Path(__file__).parent
 QUESTIONS = 24
@@ -131,21 +133,23 @@ def lived(place: Path, over: Path, first: Path, second: Path, prompts: list[str]
         served.append(answers("restaurants@live"))
     if served[0] == served[1]:
         raise SystemExit("the two versions give equal answers, so a roll-back would show nothing")
-    code, _, said = postil("rollback", "restaurants", "--registry", registry)
+    code, _, said = postil("registry", "rollback", "restaurants", "--registry", registry)
     expect(f"rollback ({said})", code, 0)
     expect("answers after the roll-back", answers("restaurants@live"), served[0])
     refused = {}
+    version = Registry(registry).version("restaurants@live")
     for file in ("adapter_model.safetensors", "postil.json"):
         copy = place / f"changed_{file}"
         shutil.copytree(registry, copy)
-        live = sorted((copy / "versions").iterdir())
-        for version in live:
-            changed(version / file)
+        changed(copy / "blobs" / version.files[file])
+        expect("answers of bytes fetched before", answers("restaurants@live", copy), served[0])
+        shutil.rmtree(versions_directory() / version.digest)  # as on a machine that has not fetched it yet
         code, _, said = postil(
             "generate", prompts[0], "--base", BASE, "--adapter", "restaurants@live", "--registry", copy, "--raw"
         )
         expect(f"a changed byte in {file} ({said})", code, 2)
         refused[file] = " ".join(said.replace(str(copy), "REGISTRY").split())
+        expect("answers of the registry itself", answers("restaurants@live"), served[0])
     return {
         "refusal": {"exit": 3, "said": refusal.replace(str(place), "PLACE"), "json": verdict, "junit": junit},
         "answers": {"first": served[0][:3], "second": served[1][:3], "after roll-back": "equal to the first's"},

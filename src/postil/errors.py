@@ -10,7 +10,7 @@ class PostilError(Exception):
     """The root: one sentence that names the file, line or field, and what mends it.
 
     The command line prints the message and exits with `exit_code` (2: the user's input, 1: our fault,
-    3: the gate's refusal).
+    3: the gate's or a policy's refusal, 4: run it again, another was quicker or a place was out of reach).
     """
 
     exit_code = 2
@@ -48,7 +48,31 @@ class GateError(PostilError, RuntimeError):
 
 
 class RegistryError(PostilError, ValueError):
-    """A registry, a version or an alias that is missing, changed, or moved by another at the same time."""
+    """A registry that was asked for something impossible, or that is none; its kinds are told apart below."""
+
+
+class NotFound(RegistryError):
+    """A registry, a name, a version or an alias that is not there."""
+
+
+class Corrupt(RegistryError):
+    """What a registry holds and somebody changed, cut short or removed: not the bytes that were published."""
+
+
+class RegistryConflict(RegistryError):
+    """Another moved the alias, or wrote to the name, meanwhile: look at it and run it again."""
+
+    exit_code = 4
+
+
+class Unavailable(RegistryError):
+    """A registry that cannot be reached or is being written to: run it again later."""
+
+    exit_code = 4
+
+
+class Refused(RegistryError, GateError):
+    """What the policy of an alias does not let through; `result` is the GateResult."""
 
 
 class RequestError(PostilError, ValueError):

@@ -27,9 +27,9 @@ def test_train_judge_publish_generate_roll_back(
     (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     lines = [shlex.split(line.replace("BASE", str(base))) for line in block.splitlines()]
     results = [postil(*words[1:]) for words in lines]
-    assert [result.code for result in results] == [0, 0, 0, 0, 0, 2], [result.err for result in results]
-    assert "support" in results[3].out
+    assert [result.code for result in results] == [0, 0, 0, 0, 0, 0, 2], [result.err for result in results]
+    assert "support" in results[4].out
     assert (tmp_path / "runs/support/report.html").is_file()
-    again = postil(*lines[2][1:])
+    again = postil(*lines[3][1:])
     assert again.code == 0
     assert len(list((tmp_path / "notes/versions").iterdir())) == 1

@@ -31,6 +31,7 @@ from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+from postil.registry.policy import Policy
 
 judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
@@ -112,7 +113,8 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
 def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
-    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0 and general.nats > 0")
+    registry.set_policy("note", Policy(gate="target.exact_match >= 0 and general.nats > 0"))
+    version = registry.publish(files["adapter"], "note")
     card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
     assert any("is a published version, which never changes" in note for note in card.notes)
     assert registry.resolve("note") == version.path  # every byte as it was

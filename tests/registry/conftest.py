@@ -1,4 +1,4 @@
-"""Judged adapter directories, as small as they can be, and the registry that they go into."""
+"""Judged adapter directories, as small as they can be, the registries that they go into, and what these stand on."""
 
 from __future__ import annotations
 
@@ -8,32 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cards import card
-from postil.adapter import Adapter, LoraConfig
+from cards import card, changed
 from postil.adapter.identity import update_card
 from postil.adapter.peft_files import save_adapter
 from postil.registry import Registry
-
-
-def small(seed: int) -> Adapter:
-    """An adapter of one module, r = 2, whose values follow from the seed."""
-    draw = torch.Generator().manual_seed(seed)
-    key = "model.layers.0.self_attn.q_proj.lora_{}.weight"
-    tensors = {key.format("A"): torch.randn(2, 8, generator=draw), key.format("B"): torch.randn(8, 2, generator=draw)}
-    base = {"source": "sha256:base", "form": "fp32"}
-    return Adapter(LoraConfig(r=2, target_modules=("q_proj",)), tensors, base, "a-base")
+from postil.registry.blobs import DirectoryBlobs
+from postil.registry.directory import DirectoryCatalog
+from postil.registry.ports import Blobs, Catalog
+from published import format_1, small
 
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Callable[..., Path]:
-    """judged(seed, nats=…, …): the directory of an adapter whose card fits its bytes."""
+    """judged(seed, nats=…, …): the directory of an adapter whose card fits its bytes; scope=…: what it is for."""
 
-    def make(seed: int = 0, **measures: Any) -> Path:
-        place = save_adapter(small(seed), tmp_path / f"runs/{seed}/adapter")
-        update_card(place, score_card=card(bytes_of=place, **measures).model_dump(mode="json"))
+    def make(seed: int = 0, source: str = "sha256:base", scope: str = "assistant", **measures: Any) -> Path:
+        place = save_adapter(small(seed, source), tmp_path / f"runs/{seed}/adapter")
+        made = changed(card(bytes_of=place, source=source, **measures), scope=scope)
+        update_card(place, score_card=made.model_dump(mode="json"))
         return place
 
     return make
@@ -49,3 +43,26 @@ def unjudged(tmp_path: Path) -> Path:
 def registry(tmp_path: Path) -> Registry:
     """A registry that does not exist yet."""
     return Registry(tmp_path / "registry")
+
+
+@pytest.fixture(params=["directory", "directory that was of format 1"])
+def ports(request: pytest.FixtureRequest, tmp_path: Path, judged: Callable[..., Path]) -> tuple[Catalog, Blobs]:
+    """A catalog and its blob store, of every kind there is, to be asked the same."""
+    root = tmp_path / "registry"
+    if request.param != "directory":
+        format_1(root, {"older": [judged(90), judged(91)]})
+    blobs = DirectoryBlobs(root)
+    return DirectoryCatalog(root, blobs.has), blobs
+
+
+@pytest.fixture
+def catalog(ports: tuple[Catalog, Blobs]) -> Catalog:
+    """The catalog alone."""
+    return ports[0]
+
+
+@pytest.fixture
+def blobs(ports: tuple[Catalog, Blobs]) -> Blobs:
+    """The blob store alone; its registry is there."""
+    ports[0].make()
+    return ports[1]

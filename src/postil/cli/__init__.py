@@ -20,6 +20,7 @@ from postil.cli import (
     doctor_command,
     judge_command,
     plan_command,
+    policy_commands,
     quantize_command,
     registry_commands,
     report_command,
@@ -75,17 +76,18 @@ app.command()(report_command.report)
 app.command()(convert_command.convert)
 app.command()(quantize_command.quantize)
 app.command()(registry_commands.publish)
-app.command("list")(registry_commands.list_)
-app.command()(registry_commands.show)
-app.command()(registry_commands.promote)
-app.command()(registry_commands.rollback)
 app.command()(cache_command.cache)
+app.add_typer(policy_commands.app, name="registry")
+app.command("list", hidden=True)(registry_commands.list_)  # short forms of what `postil registry` does
+app.command(hidden=True)(registry_commands.show)
+app.command(hidden=True)(registry_commands.promote)
+app.command(hidden=True)(registry_commands.rollback)
 app.command()(doctor_command.doctor)
 app.command()(demo_command.demo)
 
 
 def main() -> None:
-    """Run the command line; exit code 2 for the user's mistakes, 1 for ours, 3 for the gate's refusal."""
+    """Run the command line; exit code 2 for the user's mistakes, 1 for ours, 3 for a refusal, 4: run it again."""
     try:
         command = typer.main.get_command(app)
         with command.make_context("postil", sys.argv[1:]) as context:  # not app(): it would hide a Ctrl-C

@@ -25,7 +25,7 @@ Adapters = Annotated[
     typer.Option("--adapter", "-a", help="A directory, name=directory, or a published NAME@ALIAS; repeatable."),
 ]
 Published = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--registry", envvar="POSTIL_REGISTRY", help="Where NAME@ALIAS is published; or POSTIL_REGISTRY."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
@@ -185,7 +185,7 @@ def _fitting(engine: Engine, asked: Request, opening: int) -> Request | None:
 def _engine(
     base: str,
     adapters: list[str] | None,
-    registry: Path | None,
+    registry: str | None,
     dtype: str,
     quant: str | None,
     device: str,
@@ -216,7 +216,7 @@ def _engine(
     return Engine(model)
 
 
-def _named(given: str, registry: Path | None) -> tuple[str, Path]:
+def _named(given: str, registry: str | None) -> tuple[str, Path]:
     """The name and directory of `name=directory`, or of a directory alone, which may have a "=" in its path.
 
     `runs/support/adapter` alone is called support; any other directory by its own name. Where no directory is

@@ -1,7 +1,9 @@
-"""Published adapters: versions by their bytes, aliases that move in one step, a gate at the door, roll-back."""
+"""Published adapters: versions by their bytes, aliases that move in one step by their policies, roll-back."""
 
 from __future__ import annotations
 
-from postil.registry.registry import Registry, Version, publish, resolve_adapter
+from postil.registry.finding import Version
+from postil.registry.policy import Policy
+from postil.registry.registry import Registry, publish, resolve_adapter
 
-__all__ = ["Registry", "Version", "publish", "resolve_adapter"]
+__all__ = ["Policy", "Registry", "Version", "publish", "resolve_adapter"]

@@ -1,205 +1,356 @@
-"""The registry: publish through the gate, promote, roll back, and find what a name means, its bytes verified."""
+"""The registry: publish, promote and roll back by an alias's policy; what a name means, its bytes verified."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from postil.errors import RegistryError, listed, nearest
-from postil.judging.card.file import KEY, read_card
+from postil.errors import Corrupt, NotFound, RegistryConflict, RegistryError, listed, nearest
 from postil.judging.card.model import ScoreCard
-from postil.judging.gate.gate import DEFAULT, GateResult, check, refusal, unjudged
-from postil.registry.log import Event, stack
-from postil.registry.store import DirectoryStore, check_alias, check_name
-from postil.registry.version import KEPT, SHORT, Manifest, digests_of
+from postil.judging.gate.expression import parse
+from postil.judging.gate.gate import unjudged
+from postil.registry.cache import materialise, unchanged
+from postil.registry.candidate import candidate, refusal
+from postil.registry.directory import check_alias, check_name
+from postil.registry.finding import LIVE, Version, aliases_of, digest_of, known, parsed, record_of, version_of
+from postil.registry.log import who
+from postil.registry.opening import opened
+from postil.registry.policy import LATEST, Policy
+from postil.registry.ports import Blobs, Catalog
+from postil.registry.request import Asked, Request
+from postil.registry.state import Act, Event, State
+from postil.registry.version import MEND, Manifest, Record, short
 
 if TYPE_CHECKING:
     from postil.adapter import Adapter
 
-LIVE = "live"  # the alias that a bare name means
-REFUSAL = "refusal.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A published version: its digest, where it lies, the base it belongs to, the aliases that point at it.
-
-    new: False where equal bytes had been published before; moved: whether publishing moved the alias; gate: what
-    the gate said when it was published, known to the call that published it.
-    """
-
-    name: str
-    digest: str
-    path: Path
-    base: dict[str, str]
-    aliases: tuple[str, ...]
-    new: bool = False
-    moved: bool = False
-    gate: GateResult | None = None
-
-    @property
-    def short(self) -> str:
-        """The first digits of the digest, as they are shown."""
-        return self.digest[:SHORT]
+GRACE = 7.0  # days that what is in no use is kept
+TRIES = 20  # at a name that others write to as well
 
 
 class Registry:
-    """Published adapters on a directory. Every method raises RegistryError for a name, version or byte that is
-    not what it should be; nothing is made before the first `publish`."""
+    """Published adapters in a directory. Every method raises a RegistryError for a name, version or byte that is not
+    what it should be; nothing is made before something is published or a policy set.
 
-    def __init__(self, place: str | Path) -> None:
-        self.store = DirectoryStore(place)
+    actor: who is written down as the one who did it, and whom a policy may let override it; the user of the system
+    where none is given. blobs: another store for the bytes. cache: where versions are fetched to.
+    """
+
+    def __init__(
+        self, place: str | Path | Catalog, blobs: Blobs | None = None, *,
+        actor: str = "", cache: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.catalog, self.blobs = opened(place, blobs)
+        self.actor = actor or who()
+        self.cache = None if cache is None else Path(cache)
+
+    # -- moving -----------------------------------------------------------------------------------------
 
     def publish(
         self, adapter: Adapter | str | Path, name: str, card: ScoreCard | None = None, *,
-        gate: str = DEFAULT, alias: str = LIVE,
+        alias: str = LIVE, override: str | None = None, new_base: bool = False,
     ) -> Version:  # fmt: skip
-        """Ask the gate, keep the version and point `alias` of `name` at it.
+        """Ask the policy of `alias` of `name`, keep the version and point the alias at it.
 
-        adapter: in memory, or its directory; card: its score card where it does not hold one. The version in
-        service, `live` in the expression, is what name@live points at. Equal bytes are one version: published
-        again they change nothing. Raises GateError where the gate refuses (the version is then kept on the shelf
-        `refused`, which no alias reaches), RegistryError where another process moved the alias meanwhile.
+        adapter: in memory, or its directory; card: its score card where it does not hold one. The version in service,
+        `live` in the policy's expression, is what name@live points at. Equal bytes are one version. override: a
+        reason to publish what the policy refuses, which is logged; new_base: bind the name to the adapter's base
+        where it was bound to another. Raises Refused where the policy refuses (the version is then kept where no
+        name reaches it, until `collect`), RegistryConflict where another process moved the alias meanwhile.
         """
         check_name(name)
         check_alias(alias)
-        self.store.check_own()
-        with _directory(adapter, card) as directory:
-            files = digests_of(directory)  # before they are read: what changes from here on is noticed
-            judged, base = _judged(directory, adapter)
-            manifest = Manifest(base=base, files=files)
-            digest = manifest.digest
-            before = self.store.aliases(name).get(alias)
-            result = check(judged, gate, self._card_in_service(name, digest))
-            if not result.passed:
-                if digest not in self._published(name):
-                    self.store.put("refused", manifest, directory, {REFUSAL: result.as_dict()})
-                self.store.record(name, "refuse", alias, digest, gate=result.expression, sentence=result.sentence)
-                raise refusal(result)
-            new = self.store.put("versions", manifest, directory)
-        self.store.swap(
-            name, alias, before, digest, action="publish", gate=result.expression, sentence=result.sentence
-        )
-        self.store.drop("refused", digest)
-        return replace(self._version(name, digest), new=new, moved=before != digest, gate=result)
+        self.catalog.check_own()
+        with candidate(adapter, card) as found:
+            first = self.catalog.state(name)
+            request = Request("publish", name, alias, found.digest, found.manifest.base, found.card, self.actor,
+                              override=override, new_base=new_base)  # fmt: skip
+            request.asked(first, self._live_card(first, found.digest))  # a question that cannot be asked ends here
+            self.catalog.make()
 
-    def promote(self, name: str, version: str, alias: str = LIVE) -> Version:
-        """Point an alias at a published version, named by the beginning of its digest (or by another alias)."""
-        check_alias(alias)
-        digest = self._digest(name, version)
-        before = self.store.aliases(name).get(alias)
-        self.store.get("versions", digest)
-        self.store.swap(name, alias, before, digest, action="promote")
-        return replace(self._version(name, digest), moved=before != digest)
+            files = found.manifest.files.items()
+            written = [self.blobs.put(digest, found.directory / file) for file, digest in files]  # under no lock
+            new = any(written) or not self._kept(found.digest)
 
-    def rollback(self, name: str, alias: str = LIVE) -> Version:
-        """Point an alias at the version that it had before, by the log; once more goes further back."""
+            def again() -> None:
+                for file, digest in files:
+                    if not self.blobs.has(digest):  # collected, as it was in no use yet
+                        self.blobs.put(digest, found.directory / file)
+
+            asked = self._do(request, first, found.record, again)
+        return self._told(name, found.digest, asked, new=new)
+
+    def promote(
+        self, name: str, version: str, alias: str = LIVE, *, override: str | None = None, new_base: bool = False
+    ) -> Version:
+        """Point an alias at a published version, named by the beginning of its digest (or by another alias), if the
+        alias's policy lets the stored card through. Raises and logs as publish does."""
         check_alias(alias)
-        self._digest(name, alias)
-        before = stack(self.store.log(name), alias)
-        if len(before) < 2:
-            raise RegistryError(
-                f"{name}@{alias} has no version before {before[0][:SHORT]}; promote another with `postil promote`"
+        state = known(self.catalog, name)
+        return self._move("promote", name, alias, digest_of(self.catalog, name, version), state, override, new_base)
+
+    def rollback(
+        self, name: str, alias: str = LIVE, *, override: str | None = None, new_base: bool = False
+    ) -> Version:
+        """Point an alias at the version that it had before, once more goes further back; versions that were retired
+        are passed over. Its policy is asked as it would have been then: `live` is the version before that one."""
+        check_alias(alias)
+        state = known(self.catalog, name)
+        digest_of(self.catalog, name, alias)
+        stack = state.stack(alias)
+        before = [digest for digest in stack[:-1] if digest not in {*state.retired, state.live.get(alias)}]
+        if not before:
+            raise NotFound(
+                f"{name}@{alias} has no version before {short(state.live.get(alias))}; promote another with "
+                "`postil registry promote`"
             )
-        self.store.get("versions", before[-2])
-        self.store.swap(name, alias, before[-1], before[-2], action="rollback")
-        return replace(self._version(name, before[-2]), moved=True)
+        return self._move("rollback", name, alias, before[-1], state, override, new_base)
+
+    def _move(
+        self, action: str, name: str, alias: str, digest: str, state: State, override: str | None, new_base: bool
+    ) -> Version:
+        record = record_of(self.catalog, digest)
+        card = record.score_card
+        if card is None:
+            raise refusal(unjudged(f"version {short(digest)} holds no score card; judge its adapter and publish it"))
+        for fault in self._faults(record):
+            raise Corrupt(fault)
+        request = Request(action, name, alias, digest, record.manifest.base, card, self.actor,
+                          override=override, new_base=new_base)  # fmt: skip
+        return self._told(name, digest, self._do(request, state, record))
+
+    def _do(
+        self, request: Request, first: State, record: Record, again: Callable[[], object] = lambda: None
+    ) -> Asked:
+        """Commit what the policy says, asked again wherever the name was written to meanwhile; again: what to do
+        then. Raises Refused once the refusal is logged."""
+        asked: list[Asked] = []
+        below = request.version if request.action == "rollback" and request.alias == LIVE else None
+
+        def acts(state: State) -> Sequence[Act]:
+            if asked:
+                again()
+            asked.append(request.asked(state, self._live_card(state, request.version, below)))
+            if asked[-1].acts and not asked[-1].refused and state.aliases.get(request.alias) != before:
+                now, then = state.live.get(request.alias), first.live.get(request.alias)
+                raise RegistryConflict(
+                    f"{request.name}@{request.alias} points at {short(now)} and no longer at {short(then)}: another "
+                    "process moved it meanwhile; look at it with `postil registry show` and run this again"
+                )
+            return asked[-1].acts
+
+        before = first.aliases.get(request.alias)
+        self._commit(request.name, first, acts, record)
+        if asked[-1].refused:
+            raise refusal(asked[-1].result)
+        return asked[-1]
+
+    def _commit(
+        self, name: str, first: State, acts: Callable[[State], Sequence[Act]], record: Record | None = None
+    ) -> None:
+        """Commit the acts that follow from the state, and anew from the next one where others wrote to the name."""
+        state = first
+        for left in reversed(range(TRIES)):
+            wanted = acts(state)
+            if not wanted and (record is None or self._kept(record.manifest.digest)):
+                return
+            try:
+                self.catalog.commit(name, state.revision, wanted, self.actor, record)
+                return
+            except RegistryConflict:
+                if not left:
+                    raise
+                state = self.catalog.state(name)
+
+    def _live_card(self, state: State, candidate: str, below: str | None = None) -> ScoreCard | None:
+        """The card of the version that name@live points at; of the one before, where that is the candidate, and of
+        the one before `below`, where the alias goes back to that."""
+        stack = state.stack(LIVE)
+        while below in stack:
+            stack.pop()
+        for digest in reversed(stack):
+            record = self.catalog.record(digest) if digest != candidate else None
+            if record is not None:
+                return record.score_card
+        return None
+
+    # -- keeping ----------------------------------------------------------------------------------------
+
+    def policy(self, name: str, alias: str = LIVE) -> Policy:
+        """What an alias asks; the default policy where none was set."""
+        check_name(name)
+        check_alias(alias)
+        self.catalog.check_own()
+        return self.catalog.state(name).policy(alias)
+
+    def set_policy(self, name: str, policy: Policy, alias: str = LIVE, *, reason: str = "") -> Policy:
+        """Let an alias ask this from here on, also before anything is published; where it points is left alone.
+
+        Raises JudgeError for an expression that cannot be read.
+        """
+        check_name(name)
+        check_alias(alias)
+        if policy.gate != LATEST:
+            parse(policy.gate)
+        self.catalog.check_own()
+        act = Act(action="policy", alias=alias, policy=policy, reason=reason)
+        first = self.catalog.state(name)
+
+        def acts(state: State) -> list[Act]:
+            if state.policy(alias) not in (first.policy(alias), policy):
+                raise RegistryConflict(
+                    f"another process set the policy of {name}@{alias} meanwhile; look at it with `postil registry "
+                    "policy` and run this again"
+                )
+            return [act] if state.policies.get(alias) != policy else []
+
+        self._commit(name, first, acts)
+        return policy
+
+    def retire(self, name: str, version: str, reason: str = "") -> str:
+        """Serve a version no more under this name: no alias may go to it, and `collect` removes it in the end; its
+        events stay. Publishing it again takes that back. Returns its digest."""
+        state = known(self.catalog, name)
+        digest = digest_of(self.catalog, name, version)
+        act = Act(action="retire", version=digest, reason=reason)
+
+        def acts(state: State) -> list[Act]:
+            at = [alias for alias, points_at in state.live.items() if points_at == digest]
+            if at:
+                raise RegistryError(
+                    f"{name}@{at[0]} points at {short(digest)}; move it first, with `postil registry rollback` or "
+                    "`promote`, or take the alias away with `postil registry delete-alias`"
+                )
+            return [act]
+
+        self._commit(name, state, acts)
+        return digest
+
+    def delete_alias(self, name: str, alias: str, reason: str = "") -> None:
+        """Take an alias away; its versions, its policy and its events stay."""
+        state = known(self.catalog, name)
+        if alias not in state.live:
+            raise NotFound(f"{name} has no alias {alias!r}{nearest(alias, state.live)}; it has {listed(state.live)}")
+        act = Act(action="delete", alias=alias, before=state.live[alias], reason=reason)
+        before = state.aliases[alias]
+
+        def acts(state: State) -> list[Act]:
+            if state.aliases[alias] != before:
+                raise RegistryConflict(f"{name}@{alias} was moved meanwhile; look at it and run this again")
+            return [act]
+
+        self._commit(name, state, acts)
+
+    def unpublish(self, name: str, reason: str = "") -> None:
+        """Take a name out of service: every alias deleted, every version retired, in one step; its events, its
+        policies and the base that it is bound to stay."""
+
+        def acts(state: State) -> list[Act]:
+            gone = [Act(action="delete", alias=alias, before=at, reason=reason) for alias, at in state.live.items()]
+            return gone + [Act(action="retire", version=digest, reason=reason) for digest in state.served]
+
+        self._commit(name, known(self.catalog, name), acts)
+
+    def collect(self, grace: float = GRACE, *, dry: bool = False) -> tuple[list[str], int]:
+        """Remove what no name has served for `grace` days: versions that were refused, retired or never committed,
+        and their bytes. Returns the versions and the bytes freed; dry: without removing anything."""
+        self.catalog.check()
+        before = time.time() - grace * 86400 if grace > 0 else float("inf")
+        return self.catalog.collect(before, partial(self.blobs.sweep, before=before, dry=dry), dry)
+
+    def verify(self, name: str | None = None) -> list[str]:
+        """Read every byte of what the names (or one of them) serve; the sentences about what was changed."""
+        self.catalog.check()
+        found: dict[str, str] = {}
+        for one in [name] if name is not None else self.catalog.names():
+            found |= dict.fromkeys(known(self.catalog, one).served, one)
+        faults = []
+        for digest, one in found.items():
+            try:
+                record = record_of(self.catalog, digest)
+            except Corrupt as problem:
+                faults.append(f"{one}: {problem}")
+                continue
+            faults += [f"{one}: {fault}" for fault in self._faults(record)]
+        return faults
+
+    # -- finding ----------------------------------------------------------------------------------------
 
     def resolve(self, wanted: str) -> Path:
-        """The adapter directory that `name`, `name@alias` or `name@version` means, every byte verified."""
-        return self.version(wanted).path
+        """The adapter directory that `name`, `name@alias` or `name@version` means, in the user's cache: every byte
+        was verified when it was fetched, and nothing was changed since."""
+        return materialise(self.blobs, self._manifest(wanted), self.cache)
 
     def load(self, wanted: str) -> Adapter:
-        """The adapter that `name`, `name@alias` or `name@version` means."""
+        """The adapter that `name`, `name@alias` or `name@version` means, of the bytes that were verified."""
         from postil.adapter.peft_files import load_adapter
 
-        return load_adapter(self.resolve(wanted))
+        manifest = self._manifest(wanted)
+        place = materialise(self.blobs, manifest, self.cache)
+        adapter = load_adapter(place)
+        if not unchanged(place, manifest):
+            raise Corrupt(f"{place} was changed while it was read; run this again")
+        return adapter
 
     def version(self, wanted: str) -> Version:
-        """As resolve, with what is known of the version."""
-        name, _, which = wanted.partition("@")
-        return self._version(name, self._digest(name, which or LIVE))
+        """What is known of a version, without reading its bytes."""
+        name, which = parsed(wanted)
+        return version_of(self.catalog, name, digest_of(self.catalog, name, which))
 
     def names(self) -> list[str]:
-        """The published names."""
-        self.store.check()
-        return self.store.names()
+        """The names that something was done to."""
+        self.catalog.check()
+        return self.catalog.names()
+
+    def state(self, name: str) -> State:
+        """The name as it stands: its aliases, its policies, its versions and the base that it is bound to."""
+        return known(self.catalog, name)
 
     def versions(self, name: str) -> dict[str, tuple[str, ...]]:
-        """Every version (digest) published under a name, the first one first, and the aliases that point at it."""
-        self._known(name)
-        aliases = self.store.aliases(name)
-        return {
-            digest: tuple(alias for alias, points_at in aliases.items() if points_at == digest)
-            for digest in self._published(name)
-        }
+        """Every version (digest) served under a name, the first one first, and the aliases that point at it."""
+        state = known(self.catalog, name)
+        return {digest: aliases_of(state, digest) for digest in state.served}
 
-    def history(self, name: str) -> list[Event]:
-        """Everything that was done to a name, in order; refusals too."""
-        self._known(name)
-        return self.store.log(name)
+    def history(self, name: str, since: int = 0, limit: int | None = None) -> list[Event]:
+        """What was done to a name after its event `since`, in order; refusals too."""
+        known(self.catalog, name)
+        return self.catalog.events(name, since, limit)
 
-    def _known(self, name: str) -> None:
-        self.store.check()
-        names = self.store.names()
-        if name not in names:
-            raise RegistryError(f"nothing is published as {name!r}{nearest(name, names)}; known: {listed(names)}")
+    def _manifest(self, wanted: str) -> Manifest:
+        name, which = parsed(wanted)
+        return record_of(self.catalog, digest_of(self.catalog, name, which)).manifest
 
-    def _published(self, name: str) -> list[str]:
-        return list(dict.fromkeys(event.version for event in self.store.log(name) if event.action != "refuse"))
+    def _faults(self, record: Record) -> Iterator[str]:
+        """What was changed of a version's files, each byte of which is read, in sentences."""
+        for file, digest in record.manifest.files.items():
+            try:
+                self.blobs.verify(digest)
+            except Corrupt as problem:
+                yield f"{problem}: it is {file} of version {short(record.manifest.digest)}; {MEND}"
 
-    def _version(self, name: str, digest: str) -> Version:
-        path, manifest = self.store.get("versions", digest)
-        aliases = tuple(alias for alias, points_at in self.store.aliases(name).items() if points_at == digest)
-        return Version(name, digest, path, manifest.base, aliases)
+    def _kept(self, digest: str) -> bool:
+        try:
+            return self.catalog.record(digest) is not None
+        except Corrupt:
+            return False
 
-    def _digest(self, name: str, which: str) -> str:
-        """The full digest that an alias or the beginning of a digest means."""
-        self._known(name)
-        aliases = self.store.aliases(name)
-        if which in aliases:
-            return aliases[which]
-        published = self._published(name)
-        found = [digest for digest in published if digest.startswith(which)]
-        if len(found) == 1 and re.fullmatch(r"[0-9a-f]{4,64}", which):
-            return found[0]
-        if len(found) > 1:
-            raise RegistryError(f"{name}@{which} could be {listed(d[:SHORT] for d in found)}; give more digits")
-        for event in reversed(self.store.log(name)):
-            if event.action == "refuse" and event.version.startswith(which):
-                raise RegistryError(
-                    f"{name}@{which} was not published ({event.sentence}); only a gate that lets it through does that"
-                )
-        if not published:
-            raise RegistryError(
-                f"nothing is in service as {name}: the gate refused what was published; publish an adapter that "
-                f"passes: postil publish DIR --as {name}"
-            )
-        raise RegistryError(
-            f"{name}@{which} is neither an alias nor a version{nearest(which, aliases)}; "
-            f"aliases: {listed(aliases)}; versions: {listed(digest[:SHORT] for digest in published)}"
-        )
-
-    def _card_in_service(self, name: str, candidate: str) -> ScoreCard | None:
-        """The card of the version that name@live points at; of the one before, where that is the candidate."""
-        before = [digest for digest in stack(self.store.log(name), LIVE) if digest != candidate]
-        return read_card(self.store.get("versions", before[-1])[0]) if before else None
+    def _told(self, name: str, digest: str, asked: Asked, new: bool = False) -> Version:
+        version = version_of(self.catalog, name, digest)
+        return replace(version, new=new, moved=bool(asked.acts), gate=asked.result, overridden=asked.overridden)
 
 
 def publish(
     adapter: Adapter | str | Path, name: str, card: ScoreCard | None = None, *,
-    registry: Registry | str | Path, gate: str = DEFAULT,
+    registry: Registry | str | Path, override: str | None = None,
 ) -> Version:  # fmt: skip
-    """Publish an adapter as `name` in a registry, if the gate lets it through; see Registry.publish."""
+    """Publish an adapter as `name` in a registry, if the policy of name@live lets it; see Registry.publish."""
     place = registry if isinstance(registry, Registry) else Registry(registry)
-    return place.publish(adapter, name, card, gate=gate)
+    return place.publish(adapter, name, card, override=override)
 
 
 def resolve_adapter(given: str, registry: str | Path | None) -> tuple[str, Path] | None:
@@ -208,58 +359,12 @@ def resolve_adapter(given: str, registry: str | Path | None) -> tuple[str, Path]
     None where `given` is a directory, or is not meant for the registry at all. Raises RegistryError as
     Registry.resolve does, and where a registry is needed and none was named.
     """
-    name, mark, _ = given.partition("@")
-    if os.path.exists(given) or os.sep in given or not (mark or registry is not None):
+    separators = {os.sep, os.altsep or os.sep, "/"}
+    if os.path.exists(given) or any(mark in given for mark in separators) or not ("@" in given or registry):
         return None
-    if registry is None:
+    name, _ = parsed(given)
+    if not registry:
         raise RegistryError(
             f"{given!r} is no directory; if it is a published name, add --registry DIR or set POSTIL_REGISTRY"
         )
     return name, Registry(registry).resolve(given)
-
-
-def _judged(directory: Path, adapter: Adapter | str | Path) -> tuple[ScoreCard, dict[str, str]]:
-    """The score card of an adapter that loads, and its base. Raises GateError where there is no card, or one
-    of other bytes or of another base."""
-    from postil.adapter.identity import adapter_sha256
-    from postil.adapter.peft_files import load_adapter
-
-    shown = adapter if isinstance(adapter, str | Path) else "this adapter"
-    where = adapter if isinstance(adapter, str | Path) else "ADAPTER"
-    loaded = load_adapter(directory)
-    base = loaded.base_name or "BASE"
-    mend = f"judge it first: postil judge {where} --base {base} --target FILE"
-    card = read_card(directory)
-    if card is None:
-        raise refusal(unjudged(f"{shown} holds no score card, and what was not judged is not let through; {mend}"))
-    if card.adapter_sha256 != adapter_sha256(directory):
-        raise refusal(unjudged(f"the score card of {shown} was made for other bytes than its files hold; {mend}"))
-    if loaded.base and loaded.base.get("source") != card.base.get("source"):
-        raise refusal(
-            unjudged(f"{shown} belongs to the base {loaded.base.get('source')} and was judged on another; {mend}")
-        )
-    return card, loaded.base or card.base
-
-
-@contextmanager
-def _directory(adapter: Adapter | str | Path, card: ScoreCard | None) -> Iterator[Path]:
-    """The adapter's directory, as it is or, in memory or with a card to add, a copy that is gone afterwards."""
-    if isinstance(adapter, str | Path) and card is None:
-        yield Path(adapter)
-        return
-    from postil.adapter.identity import update_card
-    from postil.adapter.peft_files import read_config, save_adapter
-
-    with tempfile.TemporaryDirectory(prefix="postil-publish-") as place:
-        copy = Path(place) / "adapter"
-        if isinstance(adapter, str | Path):
-            read_config(Path(adapter))
-            copy.mkdir()
-            for name in KEPT:
-                if (Path(adapter) / name).is_file():
-                    shutil.copyfile(Path(adapter) / name, copy / name)
-        else:
-            save_adapter(adapter, copy)
-        if card is not None:
-            update_card(copy, **{KEY: card.model_dump(mode="json")})
-        yield copy

@@ -33,9 +33,10 @@ def attention(
 
     window: a query sees itself and the window-1 keys before it (None: all before it). softcap: scores become
     softcap·tanh(score/softcap) (Gemma 2). sinks: one extra logit per head that takes weight and gives no value.
-    Segments cover the queries in order. Nothing larger than [queries of a block, keys it can see] is made, nor kept
-    for the backward pass. Scores and sums are float32 (so a device's fused kernel sums, too),
-    rounded once to q's dtype. What k and v hold outside a segment's own keys counts for nothing, be it NaN.
+    Segments cover the queries in order. Nothing larger than [queries of a block, keys it can see] is made; of that
+    the backward pass keeps a mask at most, where torch's kernel wants one. Scores and sums are float32 (so a device's
+    fused kernel sums, too), rounded once to q's dtype. What k and v hold outside a segment's own keys counts for
+    nothing, be it NaN.
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
     if not segments:
