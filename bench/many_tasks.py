@@ -36,6 +36,7 @@ from postil.engine import Engine, Request
 from postil.files import write_json
 from postil.judging.asking.likelihoods import mean_nats, row_losses, token_scores, windows
 from postil.judging.judge import judge
+from postil.settings import with_settings
 from postil.training import TrainOptions
 from postil.training.loop import Outcome, run
 from postil.training.recipe import Recipe, prepare
@@ -204,16 +205,15 @@ def default(task: Task, data: Path, out: Path, settings: list[str]) -> None:
     if "default" in result.values:
         return
     place = out / task.name
-    job = prepare(
-        Recipe.parse({"base": BASE, "data": str(data / SET / task.name / "train.jsonl"), "out": str(place)})
-    )
+    plain = {"base": BASE, "data": str(data / SET / task.name / "train.jsonl"), "out": str(place)}
+    job = prepare(Recipe.parse(with_settings(plain, settings)))
     damage = Damage(job.model, data)
     said: list[str] = []
     began = time.process_time()
     outcome = job.run(tell=said.append)
     seconds = time.process_time() - began
     found = measured(job.model, task, damage, outcome, seconds, "default")
-    kept = (
+    kept = {
         "learning_rate",
         "epochs",
         "batch_size",
@@ -222,7 +222,7 @@ def default(task: Task, data: Path, out: Path, settings: list[str]) -> None:
         "kl_weight",
         "kl_rows",
         "general_tokens",
-    )
+    }
     found |= {"set": settings, "rows": len(job.training), "why": [*job.why, *said],
               "chosen": {key: value for key, value in job.options.model_dump().items() if key in kept}}  # fmt: skip
     result.put(default=found)
