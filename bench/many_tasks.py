@@ -1,11 +1,10 @@
 """Fifty small tasks: the plain default beside a grid of rate × epochs, one result file a task in recipes/many_tasks/.
 
-Half A (even places of the sorted names) is chosen on, half B reported on. `python bench/many_tasks.py grid --half B`
-runs the grid task by task, the smallest first, and writes each point as it is done; a point that is there is not run
-again, so that a run may be broken off and go on anywhere. `middle --half A` runs four points: two rates, 3 and 10
-epochs. `default --half B` trains what `postil train --base B --data F` trains, without the file of held-out rows that
-the grid has; `verdict --half B` judges it. The data lie in many_tasks/ and general/ of the folder given by
---data.
+Half A (even places of the sorted names) is chosen on, half B reported on. `python bench/many_tasks.py grid --half
+B` runs the grid task by task, the smallest first, and writes each point as it is done; a point that is there is not
+run again, so that a run may be broken off and go on anywhere. `default --half B` trains what the plain command line
+trains (postil train --base B --data F), without the file of held-out rows that the grid has; `verdict --half B`
+judges it. The data lie in many_tasks/ and general/ of the folder given by --data.
 
 Rules that spare work, fixed before the first run:
 1. A task where a point scores 100 needs no further point.
@@ -37,6 +36,7 @@ from postil.engine import Engine, Request
 from postil.files import write_json
 from postil.judging.asking.likelihoods import mean_nats, row_losses, token_scores, windows
 from postil.judging.judge import judge
+from postil.settings import with_settings
 from postil.training import TrainOptions
 from postil.training.loop import Outcome, run
 from postil.training.recipe import Recipe, prepare
@@ -168,14 +168,12 @@ def measured(model: AdaptedModel, task: Task, damage: Damage, outcome: Outcome, 
     }  # fmt: skip
 
 
-def points(found: dict[str, Json], middle: bool) -> Iterator[tuple[float, int]]:
-    """The grid in the order of work, by the rules above; `found` grows as it goes on. middle: its middle alone."""
-    for epochs in EPOCHS[:2] if middle else EPOCHS:
+def points(found: dict[str, Json], passes: Sequence[int]) -> Iterator[tuple[float, int]]:
+    """The grid in the order of work, by the rules above; `found` grows as it goes on. passes: these epochs alone."""
+    for epochs in passes:
         low, high = RATES[1:3]
         for rate in (low, high):
             yield rate, epochs
-        if middle:
-            continue
         one, other = found[key(low, epochs)], found[key(high, epochs)]
         downhill = (-one["score"], one["valid_loss"]) < (-other["score"], other["valid_loss"])
         yield (RATES[0] if downhill else RATES[3]), epochs
@@ -186,37 +184,36 @@ def key(rate: float, epochs: int) -> str:
     return f"{rate:g} x {epochs}"
 
 
-def grid(model: AdaptedModel, damage: Damage, task: Task, middle: bool) -> None:
+def grid(model: AdaptedModel, damage: Damage, task: Task, passes: Sequence[int]) -> None:
     """The grid's points of one task that are not there yet."""
     result = Result(task)
     found = result.values["grid"]
-    for rate, epochs in points(found, middle):
+    for rate, epochs in points(found, passes):
         if any(one["score"] == 100 for one in found.values()):
             break
         if key(rate, epochs) not in found:
             found[key(rate, epochs)] = point(model, task, damage, rate, epochs)
             result.put(grid=found)
             print(time.strftime("%H:%M"), task.name, found[key(rate, epochs)], flush=True)
-    if not middle:
+    if set(passes) == set(EPOCHS):
         result.put(grid_done=True)
 
 
-def default(task: Task, data: Path, out: Path) -> None:
-    """The plain default, as the command line runs it, where it is not there yet."""
+def default(task: Task, data: Path, out: Path, settings: list[str]) -> None:
+    """The plain default, as the command line runs it, where it is not there yet; settings: what is not plain."""
     result = Result(task)
     if "default" in result.values:
         return
     place = out / task.name
-    job = prepare(
-        Recipe.parse({"base": BASE, "data": str(data / SET / task.name / "train.jsonl"), "out": str(place)})
-    )
+    plain = {"base": BASE, "data": str(data / SET / task.name / "train.jsonl"), "out": str(place)}
+    job = prepare(Recipe.parse(with_settings(plain, settings)))
     damage = Damage(job.model, data)
     said: list[str] = []
     began = time.process_time()
     outcome = job.run(tell=said.append)
     seconds = time.process_time() - began
     found = measured(job.model, task, damage, outcome, seconds, "default")
-    kept = (
+    kept = {
         "learning_rate",
         "epochs",
         "batch_size",
@@ -225,8 +222,8 @@ def default(task: Task, data: Path, out: Path) -> None:
         "kl_weight",
         "kl_rows",
         "general_tokens",
-    )
-    found |= {"rows": len(job.training), "why": [*job.why, *said],
+    }
+    found |= {"set": settings, "rows": len(job.training), "why": [*job.why, *said],
               "chosen": {key: value for key, value in job.options.model_dump().items() if key in kept}}  # fmt: skip
     result.put(default=found)
     print(time.strftime("%H:%M"), task.name, found, flush=True)
@@ -254,9 +251,15 @@ def verdict(task: Task, data: Path, out: Path) -> None:
 def main() -> None:
     """Work through one half."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["middle", "grid", "default", "verdict"])
+    parser.add_argument("job", choices=["grid", "default", "verdict"])
     parser.add_argument("--half", choices=["A", "B"], required=True)
     parser.add_argument("--only", nargs="+", help="tasks of the half, in this order")
+    parser.add_argument(
+        "--epochs", nargs="+", type=int, choices=EPOCHS, default=EPOCHS, help="of the grid, these alone"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="of the default's recipe, where it is not plain: key=value"
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/many_tasks"))
     asked = parser.parse_args()
@@ -265,12 +268,15 @@ def main() -> None:
     tasks = [read_task(data, name, asked.half) for name in asked.only or names(data, asked.half)]
     if asked.job in ("default", "verdict"):
         for task in tasks:
-            (default if asked.job == "default" else verdict)(task, data, asked.out)
+            if asked.job == "default":
+                default(task, data, asked.out, asked.set)
+            else:
+                verdict(task, data, asked.out)
         return
     model = attach(load_base(BASE, dtype=DTYPE))
     damage = Damage(model, data)
     for task in tasks:
-        grid(model, damage, task, asked.job == "middle")
+        grid(model, damage, task, asked.epochs)
 
 
 if __name__ == "__main__":
