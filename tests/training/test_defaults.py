@@ -8,7 +8,7 @@ from tiny import tiny_documents, tiny_model, tiny_samples
 from postil.adapter import LoraConfig, attach
 from postil.errors import RecipeError
 from postil.training import TrainOptions, train
-from postil.training.defaults import MOST_EPOCHS, chosen, settled
+from postil.training.defaults import HELD, MOST_EPOCHS, chosen, settled
 from postil.training.options import CHOSEN
 
 
@@ -47,7 +47,7 @@ def test_a_run_stops_early_only_where_rows_come_again_and_some_are_held_out() ->
 
 def test_what_is_given_stays() -> None:
     given = {"learning_rate": 3e-5, "epochs": 2, "batch_size": 5, "warmup": 7, "valid_every": 4, "valid_rows": 3,
-             "patience": 0}  # fmt: skip
+             "patience": 0, "kl_weight": 0.25}  # fmt: skip
     assert set(given) == set(CHOSEN)
     now, why = settled(TrainOptions(**given), tiny_samples(), tiny_samples(6))
     assert {key: getattr(now, key) for key in given} == given
@@ -57,6 +57,14 @@ def test_what_is_given_stays() -> None:
         assert getattr(now, key) == value
         assert f"chosen from the data: {'learning rate, ' if key != 'learning_rate' else ''}" in why[0]
     assert settled(now, tiny_samples(), tiny_samples(6)) == (now, ())  # once chosen, chosen
+
+
+def test_an_adapter_is_held_to_general_rows_where_there_are_some() -> None:
+    samples = tiny_samples()
+    assert settled(TrainOptions(), samples, watched=500)[0].kl_weight == HELD
+    assert settled(TrainOptions(), samples)[0].kl_weight == 0
+    assert settled(TrainOptions(method="full"), samples, watched=500)[0].kl_weight == 0
+    assert settled(TrainOptions(kl_weight=0), samples, watched=500)[0].kl_weight == 0
 
 
 def test_auto_is_what_nothing_is() -> None:

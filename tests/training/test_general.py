@@ -310,12 +310,12 @@ def general_kl(**settings: float) -> tuple[float, list[dict[str, float]]]:
 
 
 def test_kl_weight_and_general_rows_keep_the_base_nearer() -> None:
-    free, events = general_kl()
+    free, events = general_kl(kl_weight=0)
     assert {"general_nats", "general_rise", "general_kl", "watch_seconds"} <= events[-1].keys()
     assert "kl_loss" not in events[-1]
     held, events = general_kl(kl_weight=2.0, general_tokens=24)
     assert 0 < events[-1]["kl_loss"] < 5
-    mixed, _ = general_kl(general_share=0.5, general_tokens=24)
+    mixed, _ = general_kl(kl_weight=0, general_share=0.5, general_tokens=24)
     assert free > 0.1
     assert held < 0.5 * free
     assert mixed < 0.8 * free

@@ -17,6 +17,7 @@ MOST_EPOCHS = {"lora": 10, "qlora": 10, "full": 3}
 FEW, MANY = 2_000, 50_000  # rows, up to and from which LoRA's rate is …
 RATE, LEAST_RATE, FULL_RATE = 1e-3, 2e-4, 2e-5  # … the first and the second, and that of full fine-tuning
 WARMUP = 0.05  # of the steps
+HELD = 1.0  # times the KL to the base, where there are general rows and an adapter is trained
 PATIENCE = 3  # validations, where the rows are seen more than once
 
 
@@ -74,7 +75,7 @@ def settled(
     """The options with every number that they leave to the data; what was chosen and why, for the user (nothing where
     rate, epochs and batch are given).
 
-    watched: tokens of general text that every validation measures.
+    watched: tokens of general rows that every validation measures; 0 where there are none.
     """
     given = options.model_dump()
     tokens, guarded = tokens_of(samples), options.guard is not None
@@ -91,6 +92,7 @@ def settled(
     )  # fmt: skip
     values = {key: getattr(found, key) for key in ("learning_rate", "epochs", "batch_size", "warmup", "patience")}
     values |= {"valid_rows": plan.rows, "valid_every": plan.every}
+    values["kl_weight"] = HELD if watched and options.method != "full" else 0.0
     now = Settled(**given | {key: value for key, value in values.items() if given[key] is None})
     named = {"learning_rate": "learning rate", "epochs": "epochs", "batch_size": "batch size"}
     ours = [name for key, name in named.items() if given[key] is None and not (key == "epochs" and options.steps)]

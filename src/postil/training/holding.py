@@ -15,7 +15,7 @@ from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import shares, to_device, training_spans
 from postil.training.optimizer import Trainable
-from postil.training.options import TrainOptions
+from postil.training.options import Settled
 
 KEPT_BYTES = 256 << 20  # of the base's hidden states
 CHUNK = 16  # rows that the base is run over together
@@ -64,7 +64,7 @@ def kl_gradients(
     weights: Trainable,
     resident: Resident | None,
     kinds: Mapping[str, Sequence[Sample]],
-    options: TrainOptions,
+    options: Settled,
     step: int,
     states: BaseStates,
     scale: float = 1.0,
