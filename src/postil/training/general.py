@@ -57,6 +57,11 @@ class General:
         return self.watched, self.held, self.chat_watched, self.chat_held
 
     @property
+    def all_held(self) -> tuple[Sample, ...]:
+        """Everything that is held to, of both kinds."""
+        return (*self.held, *self.chat_held)
+
+    @property
     def watched_tokens(self) -> int:
         """All tokens of a look at what is watched."""
         return sum(len(one.ids) for one in (*self.watched, *self.chat_watched))
