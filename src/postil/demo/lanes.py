@@ -22,7 +22,7 @@ from postil.errors import PostilError, RunError
 # glibc keeps freed memory for the next step instead of giving it back and taking it anew, page by page
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
-Submit = Callable[[str, str], Future[dict[str, Any]]]  # a job of work.JOBS, and what it is for
+Submit = Callable[[str, str], Future[dict[str, Any]]]  # a job of work.JOBS, and the team that it is for
 
 
 @dataclass(frozen=True, slots=True)

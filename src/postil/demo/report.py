@@ -71,7 +71,8 @@ def _served(demo: Demo) -> Iterator[str]:
     yield "<h2>One process, one batch</h2>"
     yield (
         f"<p>{service.requests} requests, for the live versions of {len(service.live)} names and for the bare base, "
-        f"were answered together in {service.seconds:.0f} s. The base's live tensors (<code>{escape(digest[:16])}…</code>), "
+        f"were answered together in {service.seconds:.0f} s. The base's live tensors "
+        f"(<code>{escape(digest[:16])}…</code>), "
         "before and after, in every process that trained or answered: "
         f"{'equal, bit for bit' if same else '<b>they differ</b>'}.</p>"
     )
@@ -91,8 +92,9 @@ def _rolled(demo: Demo) -> Iterator[str]:
         same = sum(one == two for one, two in zip(live.answers, forward.answers, strict=True))
         yield (
             f"<p>Version <code>{short(live.version)}</code> (cut) answered in the batch; after the roll-back "
-            f"<code>{short(back.version)}</code> answered {other} of {len(back.answers)} questions otherwise; promoted "
-            f"again, <code>{short(forward.version)}</code> gave {same} of {len(forward.answers)} word for word.</p>"
+            f"<code>{short(back.version)}</code> answered {other} of {len(back.answers)} questions otherwise; "
+            f"promoted again, <code>{short(forward.version)}</code> gave {same} of {len(forward.answers)} word for "
+            "word.</p>"
         )
         bare = service.base[CUT]
         lines = zip(bare, live.answers, back.answers, forward.answers, strict=True)

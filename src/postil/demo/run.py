@@ -20,7 +20,7 @@ from postil.demo.lanes import lanes
 from postil.demo.report import picture, write_page
 from postil.demo.service import Service, publish_notes, serve
 from postil.demo.teams import CUT, TEAMS, Team
-from postil.demo.work import HELD, JUDGED, RUNS, Plan, Watch
+from postil.demo.work import RUNS, Plan, Watch
 from postil.errors import JudgeError
 from postil.files import check_vacant, write_json, write_text
 from postil.judging.card.file import read_card
@@ -147,8 +147,6 @@ def train_and_judge(plan: Plan, watch: Watch) -> dict[str, dict[str, Any]]:
     count = min(len(TEAMS), torch.get_num_threads()) if plan.device == "cpu" and sys.executable else 1
     trained: dict[str, dict[str, Any]] = {}
     with lanes(count, plan, watch) as submit:
-        for asked in [submit("ask", which) for which in (HELD, JUDGED)]:
-            asked.result()
         first = sorted(TEAMS, key=lambda team: team.name != CUT)  # the one with most to do after it
         training = {submit("train", team.name): team.name for team in first}
         judged: list[Future[Any]] = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from postil.adapter import attach
 from postil.adapter.config import LoraConfig
 from postil.adapter.peft_files import load_adapter, save_adapter
 from postil.adapter.shrink import shrink
@@ -19,17 +19,16 @@ from postil.data.shipped import SHIPPED
 from postil.demo.teams import BY_NAME, Team
 from postil.judging.judge import judge
 from postil.judging.options import GeneralOptions, JudgeOptions
-from postil.judging.sets.chat import ask, read_chat
 from postil.kernels.dense import multiplies
 from postil.reporting.reported import PREDICTIONS
-from postil.training.documents import general_documents
 from postil.training.options import TrainOptions
 from postil.training.recipe import Recipe, prepare
 
 TRAINING: dict[str, Any] = {
     "schedule": "linear", "warmup": 8, "batch_size": 8, "epochs": 1,
-    "kl_weight": 0.5, "kl_rows": 1, "watch_windows": 1,
+    "kl_weight": 1.0, "watch_windows": 1,
 }  # fmt: skip
+PROSE = str(files("postil.data") / "samples" / "hold_prose.jsonl")  # without chat
 RANK = 4  # of the cut note
 RUNS = "runs"
 
@@ -65,24 +64,8 @@ class Plan:
 
 
 def run_job(plan: Plan, job: str, name: str, watch: Watch) -> dict[str, Any]:
-    """One of JOBS, by name, for a team (or, of "ask", a sample); the answer is plain data."""
+    """One of JOBS, by name, for a team; the answer is plain data."""
     return JOBS[job](plan, name, watch)
-
-
-def ask_base(plan: Plan, which: str, watch: Watch) -> dict[str, Any]:
-    """The base's own answers to the chat prompts that notes are held to, or judged on; both stay in the user's cache,
-    so that no two jobs ask for them at once."""
-    model = attach(plan.open())
-    what = f"the base's own answers ({which} chat)"
-    if which == HELD:
-        general_documents(model, done=lambda done, total: watch(what, _event(done, total)))
-        return {}
-    options = GeneralOptions()
-    prompts = read_chat(SHIPPED, model.base, options.chat_tokens)
-    if prompts is not None:
-        total = len(prompts.ids)
-        ask(prompts, model, options.chat_tokens, fresh=False, done=lambda done: watch(what, _event(done, total)))
-    return {}
 
 
 def train_team(plan: Plan, name: str, watch: Watch) -> dict[str, Any]:
@@ -103,7 +86,7 @@ def recipe_of(plan: Plan, team: Team) -> Recipe:
     """The recipe that a team's note is trained by; it lies beside the note."""
     return Recipe(
         base=plan.base, data=str(team.file("train")), out=str(plan.run(team)), valid_share=0.0, dtype=plan.dtype,
-        device=plan.device, rows=team.rows,
+        device=plan.device, rows=team.rows, general=None if team.scope == "assistant" else PROSE,
         lora=LoraConfig(layers_to_transform=tuple(plan.layers)),
         training=TrainOptions(**TRAINING | {**team.training, "steps": plan.steps}),
     )  # fmt: skip
@@ -135,6 +118,7 @@ def _judge(plan: Plan, team: Team, note: Path, predictions: Path | None, what: s
 
     judge(
         plan.open(), note, target=str(team.file("test")), train=str(team.file("train")), options=options,
+        chat=SHIPPED if team.scope == "assistant" else None,  # what is only ever asked its own task meets no other
         predictions=predictions, watch=told,
     )  # fmt: skip
 
@@ -143,5 +127,4 @@ def _event(done: int, total: int, told: str = "") -> dict[str, Any]:
     return {"done": done, "total": total, "told": told}
 
 
-HELD, JUDGED = "held", "judged"
-JOBS = {"ask": ask_base, "train": train_team, "judge": judge_team, "cut": cut_team}
+JOBS = {"train": train_team, "judge": judge_team, "cut": cut_team}
