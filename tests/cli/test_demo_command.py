@@ -39,6 +39,7 @@ def test_the_exit_code_is_the_verdict(
     assert ("published" in done.out, "tools: refused: worse" in done.out) == (good, not good)
     assert ("CHANGED" in done.out) is not good
     assert ("NOT rolled back" in done.out) is not good
+    assert "not asked" in done.out
     assert "report.html" in done.out
 
 

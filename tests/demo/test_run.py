@@ -77,9 +77,9 @@ def test_a_refusal_or_a_changed_base_is_not_good(demo: Demo) -> None:
     good = dataclasses.replace(demo, service=proven)
     assert good.good
     refused = dataclasses.replace(demo.teams[0], refused="refused: worse")
-    assert [result.verdict for result in (refused, *demo.teams[:2])] == [
-        "refused", "published for its own task alone", "published"
-    ]  # fmt: skip
+    assert (refused.verdict, demo.teams[0].verdict) == ("refused", "published for its own task alone")
+    wide = demo.teams[0].card.model_copy(update={"scope": "assistant"})
+    assert dataclasses.replace(demo.teams[0], card=wide).verdict == "published"
     assert not dataclasses.replace(good, teams=[refused, *demo.teams[1:]]).good
     changed = dataclasses.replace(good, digests=good.digests | {"another"})
     assert (changed.unchanged, changed.good) == (False, False)
@@ -123,5 +123,5 @@ def test_the_summary_is_known_as_a_demo(demo: Demo) -> None:
     found = summary(demo)
     assert UNFINISHED.keys() <= found.keys()
     assert found["teams"]["tools"]["version"] == demo.service.live["tools"].version
-    assert found["teams"]["tone"]["general"].keys() == {"nats", "chat"}
+    assert found["teams"]["tone"]["general"].keys() == {"nats"}
     assert found["base_unchanged"] is True

@@ -18,7 +18,7 @@ from postil.base import load_base
 from postil.demo.lanes import Lane, lanes
 from postil.demo.run import BASE, train_and_judge
 from postil.demo.teams import CUT, TEAMS
-from postil.demo.work import Plan
+from postil.demo.work import PROSE, Plan, recipe_of
 from postil.errors import RunError
 from postil.judging.card.file import read_card
 
@@ -50,6 +50,16 @@ def test_processes_find_what_one_finds(plan_in: Planned, tmp_path: Path) -> None
             cards = [read_card(plan.run(team) / note) for plan in (two, one)]
             nats = [card.general["nats"].measures["nats"].adapter.value for card in cards if card is not None]
             assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+def test_a_note_is_held_to_what_it_may_be_asked(plan_in: Planned, tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    for team in TEAMS:
+        held = {
+            scope: recipe_of(plan, dataclasses.replace(team, scope=scope)).general for scope in ("task", "assistant")
+        }
+        assert held == {"task": PROSE, "assistant": None}  # None: the prose and the chat prompts that ship
+        assert recipe_of(plan, team).training.kl_weight > 0
 
 
 @pytest.mark.base

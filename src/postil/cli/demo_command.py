@@ -51,7 +51,8 @@ def _print(result: Demo) -> None:
         general = [team.general(part) for part in ("nats", "chat")]
         rows.append([
             team.team.name, team.team.measure, f"{team.target.base.value:.1f}", f"{team.target.adapter.value:.1f}",
-            *(f"{found.difference.value:+.3f}" if found is not None else "" for found in general), team.verdict,
+            *(f"{found.difference.value:+.3f}" if found is not None else "not asked" for found in general),
+            team.verdict,
         ])  # fmt: skip
     print_table(rows, right=range(2, 6))
     service = result.service

@@ -50,6 +50,11 @@ def _opening(demo: Demo) -> Iterator[str]:
         f'<p class="lead">{said}. Base: {escape(demo.base["name"])}, {demo.base["parameters"]} parameters, frozen; '
         f"each note adapts the upper third of its layers. The whole run took {demo.seconds:.0f} s.</p>"
     )
+    if any(result.card.scope == "task" for result in demo.teams):
+        yield (
+            "<p>A note of scope task is only ever asked its own task. It was held to the base's prose while it was "
+            "trained, and the gate asks that prose is kept; how it would chat is not asked, and was not measured.</p>"
+        )
     rows = []
     for result in demo.teams:
         target, live = result.target, demo.service.live.get(result.team.name)

@@ -37,7 +37,7 @@ TEAMS = (
     Team("tools", "Facilities: requests become tool calls", "exact calls, %", "exact_calls",
          {"learning_rate": 5e-3, "kl_rows": 2}, PLAIN, scope="task"),
     Team("tone", "Grey Heron Ferries: the house tone", "rules kept, %", f"{house_tone.__file__}:house_tone",
-         {"learning_rate": 2e-3, "kl_rows": 1}, options={"unit": "%"}),
+         {"learning_rate": 4e-3, "kl_rows": 1, "epochs": 2}, scope="task", options={"unit": "%"}),
     Team("restaurants", "Listings: attributes become a sentence", "BLEU", "bleu",
          {"learning_rate": 2.5e-3, "kl_rows": 2}, PLAIN, scope="task"),
 )  # fmt: skip
