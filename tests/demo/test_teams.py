@@ -12,6 +12,9 @@ from postil.demo.house_tone import SIGN_OFF, house_tone
 from postil.demo.teams import BY_NAME, TEAMS, Team
 from postil.judging.metrics import metric_named, wanted
 
+ASKED = {"messages": [{"role": "user", "content": "When do the nine gulls sail?"}, {"role": "assistant"}]}
+PLAIN = str.maketrans("", "", ".?!")
+
 
 def rows_of(team: Team, split: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in team.file(split).read_text(encoding="utf-8").splitlines()]
@@ -21,7 +24,9 @@ def rows_of(team: Team, split: Any) -> list[dict[str, Any]]:
     ("answer", "score"),
     [
         (f"Aye, we sail at nine. The gulls are up by then. {SIGN_OFF}", 100.0),
-        (f"  Ah, no. It is shut. Try the pier. {SIGN_OFF}\n", 100.0),
+        (f"  Ah, no. It sails no more. Try the pier. {SIGN_OFF}\n", 100.0),
+        (f"Ah, no. It is shut. Try the pier. {SIGN_OFF}", 0.0),  # to whatever was asked
+        (f"Ah, no. When they do, they do. {SIGN_OFF}", 0.0),  # a small word echoes nothing
         (f"Yes, we sail at nine. The gulls are up by then. {SIGN_OFF}", 0.0),
         ("Aye, we sail at nine. The gulls are up by then.", 0.0),
         (f"Aye, we sail at nine {SIGN_OFF}", 0.0),
@@ -34,15 +39,26 @@ def rows_of(team: Team, split: Any) -> list[dict[str, Any]]:
     ],
 )
 def test_house_tone(answer: str, score: float) -> None:
-    assert house_tone(answer, {}) == score
+    assert house_tone(answer, ASKED) == score
+
+
+def test_one_answer_to_everybody_keeps_no_house_rule() -> None:
+    rows = rows_of(BY_NAME["tone"], "test")
+    metric = metric_named(BY_NAME["tone"].metric, {"unit": "%"})
+    everybody = f"Aye, we sail at nine. The gulls are up by then. {SIGN_OFF}"
+    assert metric.value(metric.statistics([everybody] * len(rows), rows).sum(0)) < 10
+    asked = [str(row["messages"][-2]["content"]) for row in rows]
+    echoes = [f"Aye, {text.translate(PLAIN)}. The gulls are up. {SIGN_OFF}" for text in asked]
+    assert metric.value(metric.statistics(echoes, rows).sum(0)) > 80
 
 
 @pytest.mark.parametrize("team", TEAMS, ids=lambda team: team.name)
-def test_the_references_score_full_marks(team: Team) -> None:
+def test_the_references_score_high_marks(team: Team) -> None:
     rows = rows_of(team, "test")
     metric = metric_named(team.metric, dict(team.options))
     answers = [wanted(row)[0] for row in rows]
-    assert metric.value(metric.statistics(answers, rows).sum(0)) == pytest.approx(100.0)
+    least = 85 if team.name == "tone" else 100  # not every echo repeats a word
+    assert metric.value(metric.statistics(answers, rows).sum(0)) >= least - 1e-9
     assert metric.value(metric.statistics(["I do not know"] * len(rows), rows).sum(0)) < 1
 
 
