@@ -30,7 +30,7 @@ test: check base ## all checks, then every test
 	@echo "postil: tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10 --durations-min=1 -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-demo: base ## train three adapters, score them, answer with all in one batch, write a report
+demo: base ## train three notes, judge them, publish by policy, answer for all in one batch, roll back, write a report
 	@$(BIN)/postil demo
 
 check: $(READY) ## format, lint, types, import contract, docs

@@ -15,14 +15,18 @@ from postil.demo import work
 
 
 def result(out: Path, good: bool) -> Any:
+    estimates = {"base": SimpleNamespace(value=1.0), "adapter": SimpleNamespace(value=2.0)}
+    chat = SimpleNamespace(difference=SimpleNamespace(value=0.01))
     team = SimpleNamespace(
-        team=SimpleNamespace(name="tools", measure="exact calls, %"), base_score=1.0, score=2.0, base_loss=3.0,
-        loss=2.0, general=3.1, better=good,
+        team=SimpleNamespace(name="tools", measure="exact calls, %"), target=SimpleNamespace(**estimates),
+        general=lambda part: chat if part == "chat" else None, verdict="published" if good else "refused",
     )  # fmt: skip
+    service = SimpleNamespace(
+        refused={} if good else {"tools": "refused: worse"}, proven=good, requests=8, seconds=1.0, live={"tools": 1}
+    )
     return SimpleNamespace(
-        teams=[team], base_general=3.0, digest_before="a", digest_after="a" if good else "b", batch_rows=8,
-        batch_seconds=1.0, seconds=2.0, report=out / "report.html", good=good,
-    )  # fmt: skip
+        teams=[team], service=service, unchanged=good, seconds=2.0, report=out / "report.html", good=good
+    )
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -32,8 +36,10 @@ def test_the_exit_code_is_the_verdict(
     monkeypatch.setattr(demo, "run_demo", lambda out, **_: result(out, good))
     done = postil("demo", "--out", tmp_path / "d")
     assert done.code == (0 if good else 1)
-    assert ("better" in done.out, "no evidence" in done.out) == (good, not good)
+    assert ("published" in done.out, "tools: refused: worse" in done.out) == (good, not good)
     assert ("CHANGED" in done.out) is not good
+    assert ("NOT rolled back" in done.out) is not good
+    assert "not asked" in done.out
     assert "report.html" in done.out
 
 

@@ -1,94 +1,85 @@
-"""The demo's report and picture of a hand-made result: whole in themselves, and what users wrote is escaped."""
+"""The demo's page and picture: whole in themselves, telling what was done, and what models wrote is escaped."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import xml.etree.ElementTree as xml
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from postil.demo import Demo
-from postil.demo.report import picture, write_report
-from postil.demo.run import UNFINISHED, TeamResult, summary
-from postil.demo.teams import Team, bleu
-from postil.judging.card.model import Estimate
+from postil.demo.report import picture, write_page
+from postil.demo.run import Demo
+from postil.demo.service import Served
+from postil.demo.teams import CUT, TEAMS
+from postil.demo.work import Plan
+from postil.registry.version import short
 
-FACTS = {"name": "a <b>base</b>", "parameters": "134.5 M", "fingerprint": "sha256:00"}
 NASTY = "<script>alert('x')</script> & \"quoted\""
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Demo:
-    results = []
-    for name in ("one", "two", "three"):
-        team = Team(name, f"Team {name} & <co>", "BLEU < 100", 1e-3, bleu, 8)
-        results.append(
-            TeamResult(
-                team, 12.0, 304, base_score=3.0, score=41.5, base_loss=2.5, loss=1.25,
-                gain=Estimate(value=1.2, low=1.1, high=1.3), general=3.05,
-                curve=[(1, 3.0), (2, 2.0), (3, 1.5)], answers=[(NASTY, "wanted", "bare", NASTY)],
-            )
-        )  # fmt: skip
-    return Demo(
-        teams=results, base_general=3.0, general_tokens=8192, digest_before="sha256:" + "a" * 64,
-        digest_after="sha256:" + "a" * 64, seconds=300.0, adapter_bytes=1_900_000, batch_rows=288, batch_seconds=40.0,
-        report=tmp_path / "report.html",
-    )  # fmt: skip
+def plan(demo: Demo, plan_in: Callable[[Path], Plan]) -> Plan:
+    return plan_in(demo.report.parent)
 
 
-def page(demo: Demo) -> str:
-    write_report(demo, FACTS)
-    return demo.report.read_text(encoding="utf-8")
+def page(demo: Demo, plan: Plan, tmp_path: Path) -> str:
+    there = dataclasses.replace(demo, report=tmp_path / "report.html")
+    write_page(there, plan)
+    return there.report.read_text(encoding="utf-8")
 
 
 def test_the_page_is_whole_in_itself(demo: Demo) -> None:
-    text = page(demo)
+    text = demo.report.read_text(encoding="utf-8")
     assert not re.search(r"https?:|src=|href=|@import|url\(|<link|<script", text)
-    assert text.startswith("<!doctype html>")
-    for opened in ("table", "figure", "svg", "div", "tr", "td"):
-        assert text.count(f"<{opened}") == text.count(f"</{opened}>"), opened
-    assert text.count("<svg") == 3
+    for opened in ("table", "figure", "svg", "div", "tr", "td", "details"):
+        assert len(re.findall(rf"<{opened}\b", text)) == text.count(f"</{opened}>"), opened
 
 
-def test_the_page_tells_the_figures(demo: Demo) -> None:
-    text = page(demo)
-    for said in ("41.5", "1.25", "+1.10 to +1.30", "+0.050", "8,192 tokens", "288 requests", "equal, bit for bit"):
-        assert said in text
-    assert "All three notes are better than the bare base" in text
-    assert text.count("<td>better</td>") == 3
-    worse = dataclasses.replace(demo.teams[0], gain=Estimate(value=0.1, low=-0.1, high=0.3))
-    bad = dataclasses.replace(demo, teams=[worse, *demo.teams[1:]], digest_after="sha256:" + "b" * 64)
-    assert (demo.good, bad.good) == (True, False)
-    text = page(bad)
-    assert "Not every note is measurably better" in text
-    assert "they differ" in text
-    assert text.count("<td>no evidence</td>") == 1
+def test_the_page_tells_what_was_done(demo: Demo, plan: Plan, tmp_path: Path) -> None:
+    text = page(demo, plan, tmp_path)
+    for team in TEAMS:
+        assert f"<code>{short(demo.service.live[team.name].version)}</code>" in text
+        assert f"<h2>{team.name}</h2>" in text  # its run's own report follows
+    for said in (
+        "the registry's policy let them into service", f"{demo.service.requests} requests", "equal, bit for bit",
+        "3 of 3 word for word", "<td>rollback</td>", "<td>promote</td>", "Answers beside the base's",
+    ):  # fmt: skip
+        assert said in text, said
+    refused = dataclasses.replace(demo.teams[0], refused="refused: <b>worse</b>")
+    bad = dataclasses.replace(demo, teams=[refused, *demo.teams[1:]], digests=demo.digests | {"x"})
+    bad.service.refused["restaurants (cut)"] = "refused: too little of it left"
+    text = page(bad, plan, tmp_path)
+    bad.service.refused.clear()
+    for said in (
+        "Not every note was let into service",
+        "they differ",
+        "refused: &lt;b&gt;worse",
+        "too little of it left",
+    ):
+        assert said in text, said
 
 
-def test_what_a_model_or_user_wrote_is_escaped(demo: Demo) -> None:
-    text = page(demo)
-    assert "alert(" in text
+def test_what_a_model_wrote_is_escaped(demo: Demo, plan: Plan, tmp_path: Path) -> None:
+    nasty = Served("v", tuple(NASTY for _ in demo.service.live[CUT].answers))
+    told = dataclasses.replace(demo, service=dataclasses.replace(demo.service, back=nasty))
+    text = page(told, plan, tmp_path)
     assert "<script" not in text
     assert "&lt;script&gt;alert(" in text
-    assert "a &lt;b&gt;base&lt;/b&gt;" in text
-    assert "Team one &amp; &lt;co&gt;" in text
 
 
-def test_the_picture_is_one_svg(demo: Demo) -> None:
-    text = picture(demo)
+def test_without_a_roll_back_the_page_says_so(demo: Demo, plan: Plan, tmp_path: Path) -> None:
+    told = dataclasses.replace(demo, service=dataclasses.replace(demo.service, back=None))
+    assert "It was not rolled back" in page(told, plan, tmp_path)
+
+
+def test_the_picture_is_one_svg(demo: Demo, plan: Plan) -> None:
+    text = picture(demo, plan)
     assert text.count("http") == 1  # the name space alone
     root = xml.fromstring(text)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
     lines = root.findall(".//{*}polyline")
     assert len(lines) == 3
-    assert len(lines[0].attrib["points"].split()) == 3
-    assert "one: BLEU < 100 3 → 42" in "".join(root.itertext())
-
-
-def test_the_summary_is_known_as_a_demo(demo: Demo) -> None:
-    found = summary(demo)
-    assert UNFINISHED.keys() <= found.keys()
-    assert found["good"] is True
-    assert found["teams"]["two"]["gain_interval"] == [1.1, 1.3]
+    assert len(lines[0].attrib["points"].split()) == 2  # a step each
+    assert "restaurants: BLEU " in "".join(root.itertext())

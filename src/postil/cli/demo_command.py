@@ -1,4 +1,4 @@
-"""postil demo: three teams, three notes, one base, from training to a report page."""
+"""postil demo: three teams, three notes, one base: trained, judged, published, rolled back, on one page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where adapters and report go.")] = Path("demo-report"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where runs, registry, report go.")] = Path("demo-report"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train three adapters on the small known base, score them, answer for all in one batch.
+    """Train three notes on the small known base, judge and publish them, answer for all in one batch.
 
-    Exits non-zero unless all three are measurably better than the bare base. --out must be new, or an earlier demo's.
+    Exits non-zero unless all three are measurably better than the bare base, pass the default gate, and one is rolled
+    back and forward again. --out must be new, or an earlier demo's, whose runs and registry are made anew.
     Example: postil demo --out demo-report
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,15 +29,15 @@ def demo(
     from postil.demo import run_demo
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn(),
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn(),
         console=console.err, transient=True,
     ) as bar:  # fmt: skip
         tasks: dict[str, Any] = {}
 
-        def watch(title: str, event: dict[str, Any]) -> None:
-            if title not in tasks:
-                tasks[title] = bar.add_task(title, total=event["total_steps"], loss="")
-            bar.update(tasks[title], completed=event["step"], loss=f"loss {event['loss']:.2f}")
+        def watch(what: str, event: dict[str, Any]) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=event["total"], told="")
+            bar.update(tasks[what], completed=event["done"], total=event["total"], told=event["told"])
 
         result = run_demo(out, device=device, tell=lambda text: bar.console.print(text, style="dim"), watch=watch)
     _print(result)
@@ -45,18 +46,23 @@ def demo(
 
 
 def _print(result: Demo) -> None:
-    rows = [["team", "measure", "base", "note", "nats base", "nats note", "general text", "verdict"]]
+    rows = [["team", "measure", "base", "note", "prose", "chat", "the policy's answer"]]
     for team in result.teams:
+        general = [team.general(part) for part in ("nats", "chat")]
         rows.append([
-            team.team.name, team.team.measure, f"{team.base_score:.1f}", f"{team.score:.1f}", f"{team.base_loss:.2f}",
-            f"{team.loss:.2f}",
-            f"{team.general - result.base_general:+.3f}", "better" if team.better else "no evidence",
+            team.team.name, team.team.measure, f"{team.target.base.value:.1f}", f"{team.target.adapter.value:.1f}",
+            *(f"{found.difference.value:+.3f}" if found is not None else "not asked" for found in general),
+            team.verdict,
         ])  # fmt: skip
-    print_table(rows, right=range(2, 7))
-    same = "unchanged" if result.digest_before == result.digest_after else "CHANGED"
+    print_table(rows, right=range(2, 6))
+    service = result.service
+    for what, why in service.refused.items():
+        console.out.print(f"{what}: {why}", soft_wrap=True, markup=False)
+    rolled = "was rolled back and forward, which its answers show" if service.proven else "was NOT rolled back"
     console.out.print(
-        f"{result.batch_rows} requests of three adapters and the bare base in one run: {result.batch_seconds:.0f} s; "
-        f"the base's live tensors are {same}; {result.seconds:.0f} s in all",
+        f"{service.requests} requests of {len(service.live)} live versions and the bare base in one run: "
+        f"{service.seconds:.0f} s; one name {rolled}; the base's live tensors are "
+        f"{'unchanged' if result.unchanged else 'CHANGED'}; {result.seconds:.0f} s in all",
         soft_wrap=True,
     )
     console.out.print(f"report: {result.report}", soft_wrap=True)

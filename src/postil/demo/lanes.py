@@ -1,4 +1,4 @@
-"""The demo's processes: each holds the base, takes jobs as lines of JSON on its input and answers on its output."""
+"""The demo's processes: each takes jobs as lines of JSON on its input and answers on its output."""
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from typing import Any
 
 import torch
 
-from postil.adapter import attach
-from postil.demo.teams import BY_NAME
-from postil.demo.work import Plan, Trained, Watch, losses, train_team
+from postil.demo.work import Plan, Watch, run_job
 from postil.errors import PostilError, RunError
-from postil.judging.asking.likelihoods import Losses
 
 # glibc keeps freed memory for the next step instead of giving it back and taking it anew, page by page
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
-Submit = Callable[[str, str | None], Future[Any]]  # "train" or "losses", and the team's name
+Submit = Callable[[str, str], Future[dict[str, Any]]]  # a job of work.JOBS, and the team that it is for
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,7 @@ class Lane:
 
     @classmethod
     def open(cls, plan: Plan, threads: int) -> Lane:
-        """Start it; the base is opened before the first job."""
+        """Start it."""
         process = subprocess.Popen(
             [sys.executable, "-c", "from postil.demo.lanes import main; main()"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True, env=KEPT | os.environ,
@@ -45,9 +42,9 @@ class Lane:
         lane._send([asdict(plan) | {"out": str(plan.out)}, threads])
         return lane
 
-    def ask(self, job: str, team: str | None, watch: Watch | None) -> Any:
+    def ask(self, job: str, name: str, watch: Watch) -> Any:
         """The answer to a job, as JSON has it. Raises RunError with what went wrong, or where the process ended."""
-        self._send([job, team])
+        self._send([job, name])
         assert self.process.stdout is not None
         for line in self.process.stdout:
             what, value = json.loads(line)
@@ -55,8 +52,7 @@ class Lane:
                 return value
             if what == "error":
                 raise RunError(value)
-            if watch is not None:
-                watch(*value)
+            watch(*value)
         code = self.process.wait()
         why = "was killed, perhaps for want of memory" if code < 0 else f"ended with code {code}; it says why above"
         raise RunError(f"one of the demo's processes {why}. With OMP_NUM_THREADS=1 there is only one")
@@ -82,24 +78,28 @@ class Lane:
 
 
 @contextmanager
-def lanes(count: int, plan: Plan, watch: Watch | None) -> Iterator[Submit]:
-    """`count` processes, each on its part of the cores. `watch` is called in threads of this process; what it
-    raises, as what a job raises, comes out of the job's future. All processes are ended with the context."""
+def lanes(count: int, plan: Plan, watch: Watch) -> Iterator[Submit]:
+    """`count` processes, each on its part of the cores; one is this process itself. `watch` is called in threads of
+    this process; what it raises, as what a job raises, comes out of the job's future. All are ended with the context.
+    """
+    if count == 1:
+        yield lambda job, name: _here(plan, job, name, watch)
+        return
     opened = [Lane.open(plan, max(torch.get_num_threads() // count, 1)) for _ in range(count)]
     free: SimpleQueue[Lane] = SimpleQueue()
     for lane in opened:
         free.put(lane)
 
-    def run(job: str, team: str | None) -> Any:
+    def run(job: str, name: str) -> Any:
         lane = free.get()
         try:
-            return lane.ask(job, team, watch)
+            return lane.ask(job, name, watch)
         finally:
             free.put(lane)
 
     pool = ThreadPoolExecutor(count, "postil-demo")
     try:
-        yield lambda job, team: pool.submit(run, job, team)
+        yield lambda job, name: pool.submit(run, job, name)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for lane in opened:
@@ -107,14 +107,14 @@ def lanes(count: int, plan: Plan, watch: Watch | None) -> Iterator[Submit]:
         pool.shutdown()
 
 
-def trained_of(answer: dict[str, Any]) -> Trained:
-    """What "train" answers."""
-    return Trained(**answer | {"curve": [(step, loss) for step, loss in answer["curve"]]})
-
-
-def losses_of(answer: dict[str, Any]) -> dict[str, Losses]:
-    """What "losses" answers."""
-    return {name: [(nats, count) for nats, count in rows] for name, rows in answer.items()}
+def _here(plan: Plan, job: str, name: str, watch: Watch) -> Future[dict[str, Any]]:
+    """The job done at once."""
+    future: Future[dict[str, Any]] = Future()
+    try:
+        future.set_result(run_job(plan, job, name, watch))
+    except PostilError as error:
+        future.set_exception(error)
+    return future
 
 
 def main() -> None:
@@ -129,16 +129,9 @@ def main() -> None:
     plan = Plan(**values | {"out": Path(values["out"])})
     try:
         torch.set_num_threads(threads)
-        model = attach(plan.open())
         for line in sys.stdin:
             job, name = json.loads(line)
-            team = BY_NAME.get(name)
-            if job == "train":
-                assert team is not None
-                done = train_team(model, plan, team, lambda *event: tell("event", event))
-                tell("done", asdict(done))
-            else:
-                tell("done", losses(model, plan, team))
+            tell("done", run_job(plan, job, name, lambda *event: tell("event", event)))
     except PostilError as error:
         tell("error", str(error))
     except BrokenPipeError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ def write_beside(place: str | Path, *, predictions: str | Path | None = None) ->
     return write_report([run], run / REPORT, predictions=predictions)
 
 
-def report_html(found: Sequence[Reported]) -> str:
-    """The page, as text."""
-    title = f"postil: {found[0].name}" if len(found) == 1 else f"postil: {len(found)} runs"
-    body: list[str] = []
-    if len(found) > 1:
-        body += [f"<h1>{len(found)} runs</h1>", *_sweep(found)]
+def report_html(found: Sequence[Reported], *, title: str = "", opening: Iterable[str] = ()) -> str:
+    """The page, as text. title: in place of the runs' name or number; opening: HTML that follows it."""
+    several = len(found) > 1
+    heading = title or f"{len(found)} runs"
+    body = [f"<h1>{escape(heading)}</h1>", *opening] if several else [*opening]
+    title = f"postil: {title or (heading if several else found[0].name)}"
+    if several:
+        body += _sweep(found)
     for one in found:
         body += [f"<h{1 if len(found) == 1 else 2}>{escape(one.name)}</h{1 if len(found) == 1 else 2}>", *_told(one)]
     return page(title, body)
