@@ -36,6 +36,15 @@ def test_the_rate_falls_with_the_rows_and_full_fine_tunings_is_its_own() -> None
     assert {chosen(rows, 10 * rows, 50, "full").learning_rate for rows in sizes} == {2e-5}
 
 
+def test_what_is_held_to_its_base_bears_a_higher_rate_and_needs_fewer_epochs() -> None:
+    found = [chosen(rows, 10 * rows, 50, "lora", held=True) for rows in (20, 150, 500, 2_000, 50_000)]
+    assert [one.learning_rate for one in found] == [2e-3, 2e-3, 2e-3, 1e-3, 2e-4]
+    assert [one.epochs for one in found] == [5, 5, 5, 1, 1]
+    assert chosen(150, 900, 50, "full", held=True) == chosen(150, 900, 50, "full")
+    now, _ = settled(TrainOptions(kl_weight=0.5), tiny_samples(), tiny_samples(6))
+    assert (now.learning_rate, now.epochs) == (2e-3, 5)
+
+
 def test_a_run_stops_early_only_where_rows_come_again_and_some_are_held_out() -> None:
     assert chosen(150, 900, 50, "lora", held_out=8).patience > 0
     assert chosen(150, 900, 50, "lora").patience == 0
