@@ -232,7 +232,7 @@ def test_a_recipe_written_by_hand_stays(
     file.parent.mkdir()
     text = f"# why these\nbase: {base}\ndata: {rows}\nout: {file.parent}\ntraining: {{epochs: 1}}\n"
     file.write_text(text)
-    assert f"{file} is not this run's (training.learning_rate: 0.001 there, 0.5 here)" in refusal(
+    assert f"{file} is not this run's (training.learning_rate: 0.002 there, 0.5 here)" in refusal(
         "train", file, "--lr", "0.5"
     )
     assert [path.name for path in file.parent.iterdir() if path.name != ".lock"] == ["recipe.yaml"]

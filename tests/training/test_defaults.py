@@ -96,6 +96,8 @@ def test_pythons_train_chooses_as_the_command_does_and_the_card_says_so() -> Non
                     watch=events.append, patience=0)  # fmt: skip
     assert adapter is not None
     kept = adapter.card["recipe"]["training"]
-    assert (kept["learning_rate"], kept["epochs"], kept["batch_size"]) == (1e-3, 10, 8)
-    assert len(events) == 30
-    assert sum("valid_loss" in event for event in events) == -(-30 // kept["valid_every"])
+    assert (kept["learning_rate"], kept["epochs"], kept["batch_size"]) == (2e-3, 5, 8)
+    assert kept["kl_weight"] == HELD
+    assert len(events) == 15
+    assert sum("valid_loss" in event for event in events) == -(-15 // kept["valid_every"])
+    assert ["general_rise" in event for event in events] == [False] * 14 + [True]  # no guard: the last look alone

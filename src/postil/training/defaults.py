@@ -80,24 +80,28 @@ def settled(
     """The options with every number that they leave to the data; what was chosen and why, for the user (nothing where
     rate, epochs and batch are given).
 
-    watched: tokens of general rows that every validation measures; 0 where there are none.
+    watched: tokens of general rows that every validation measures under a guard, else the last one; 0 where there
+    are none.
     """
     given = options.model_dump()
     tokens, guarded = tokens_of(samples), options.guard is not None
+    by_default = HELD if watched and options.method != "full" else 0.0
+    weight = by_default if options.kl_weight is None else options.kl_weight
     found = chosen(
         len(samples), sum(sample.target_tokens for sample in samples), tokens / max(len(samples), 1), options.method,
         epochs=options.epochs, steps=options.steps, batch_size=options.batch_size, held_out=len(valid),
-        guarded=guarded, held=options.kl_weight > 0,
+        guarded=guarded, held=weight > 0,
     )  # fmt: skip
     epoch = math.ceil(len(samples) / found.batch_size)
     steps = options.steps or found.epochs * epoch
     plan = validations(
-        round(tokens * steps / max(epoch, 1)), steps, [len(sample.ids) for sample in spread(valid)], watched,
+        round(tokens * steps / max(epoch, 1)), steps, [len(sample.ids) for sample in spread(valid)],
+        watched if guarded else 0,
         guarded=guarded, rows=options.valid_rows, every=options.valid_every,
     )  # fmt: skip
     values = {key: getattr(found, key) for key in ("learning_rate", "epochs", "batch_size", "warmup", "patience")}
     values |= {"valid_rows": plan.rows, "valid_every": plan.every}
-    values["kl_weight"] = HELD if watched and options.method != "full" else 0.0
+    values["kl_weight"] = weight
     now = Settled(**given | {key: value for key, value in values.items() if given[key] is None})
     named = {"learning_rate": "learning rate", "epochs": "epochs", "batch_size": "batch size"}
     ours = [name for key, name in named.items() if given[key] is None and not (key == "epochs" and options.steps)]

@@ -181,7 +181,8 @@ def _train(
             event = take_step(model, optimizer, resident, packs, general, states, progress, tell)
             loss = event["loss"]
             if step % options.valid_every == 0 or step == total:
-                event |= _validated(model, valid, resident, gauge, weights, options, progress)
+                looked = gauge if options.guard is not None or step == total else None
+                event |= _validated(model, valid, resident, looked, weights, options, progress)
                 watching += event.get("watch_seconds", 0.0)
             if log is not None:
                 log.write(step, **event)
