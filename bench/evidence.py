@@ -135,7 +135,7 @@ def run(name: str, data: Path, out: Path) -> None:
     began = time.perf_counter()
     card = judge(
         base, made, target=target, general=files["general_text"],
-        pairs=files["pairs"], choices=files["choices"], train=training if options.shots else None, options=options,
+        pairs=files["pairs"], choices=files["choices"], train=training, options=options,
         predictions=place / "predictions.jsonl",
     )  # fmt: skip
     result = {

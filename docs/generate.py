@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 from damage import picture
 from pydantic import BaseModel
-from tables import benches, evidence, main_job
+from tables import benches, evidence, main_job, many_tasks
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/postil"
@@ -118,6 +118,7 @@ PARTS = {
     "tree": tree,
     "main_job": main_job,
     "evidence": evidence,
+    "many_tasks": many_tasks,
     "benches": benches,
 }
 

@@ -139,37 +139,49 @@ def evidence_set(folder: Path, results: dict[str, Json]) -> str:
 
 
 def many_tasks() -> str:
-    """The plain default of the half not chosen on beside the best of its grid, task by task, then the medians."""
+    """The default of the half not chosen on beside the best point of its grid, task by task, then the medians."""
     found = [read(path) for path in sorted((ROOT / "recipes/many_tasks").glob("*.json"))]
-    done = [one for one in found if one["half"] == "B" and "default" in one and "grid_done" in one]
+    done = [one for one in found if one["half"] == "B" and "default" in one and one["grid"]]
     if not done:
-        return "No task of the half not chosen on is done yet.\n"
-    lines: list[tuple[Json, Json, Json, float]] = []
-    for one in done:
-        points = list(one["grid"].values())
-        best = max(points, key=lambda point: (point["score"], -point["valid_loss"]))
-        seen = min(points, key=lambda point: point["valid_loss"])
-        lines.append((one["default"], best, seen, sum(point["seconds"] for point in points)))
+        return "No task of the half not chosen on has been run yet.\n"
+    plain, points = [one["default"] for one in done], [list(one["grid"].values()) for one in done]
+    best = [max(group, key=lambda point: (point["score"], -point["valid_loss"])) for group in points]
+    seen = [min(group, key=lambda point: point["valid_loss"]) for group in points]
+    pairs = list(zip(plain, best, strict=True))
     columns: dict[str, tuple[str, list[float]]] = {
-        "default": (".1f", [plain["score"] for plain, *_ in lines]),
-        "grid's best": (".1f", [best["score"] for _, best, *_ in lines]),
-        "default less best": ("+.1f", [plain["score"] - best["score"] for plain, best, *_ in lines]),
-        "grid, by held-out loss": (".1f", [seen["score"] for _, _, seen, _ in lines]),
-        "general, default": ("+.3f", [plain["general_rise"] for plain, *_ in lines]),
-        "general, best": ("+.3f", [best["general_rise"] for _, best, *_ in lines]),
-        "seconds, default": (".0f", [plain["seconds"] for plain, *_ in lines]),
-        "seconds, best": (".0f", [best["seconds"] for _, best, *_ in lines]),
-        "seconds, grid": (".0f", [seconds for *_, seconds in lines]),
+        "default": (".1f", [one["score"] for one in plain]),
+        "grid's best": (".1f", [one["score"] for one in best]),
+        "default less best": ("+.1f", [one["score"] - other["score"] for one, other in pairs]),
+        "grid, by held-out loss": (".1f", [one["score"] for one in seen]),
+        "WikiText, default": ("+.3f", [one["wikitext_rise"] for one in plain]),
+        "WikiText, best": ("+.3f", [one["wikitext_rise"] for one in best]),
+        "seconds, default": (".0f", [one["seconds"] for one in plain]),
+        "seconds, best": (".0f", [one["seconds"] for one in best]),
+        "seconds, all points": (".0f", [sum(one["seconds"] for one in group) for group in points]),
     }
-    rows = [
-        [one["task"], one["metric"], f"{best['rate']:g} × {best['epochs']}",
+    rows: list[list[object]] = [
+        [one["task"], one["metric"], _judged(one), f"{top['rate']:g} × {top['epochs']}, of {len(one['grid'])} points",
          *(f"{values[n]:{form}}" for form, values in columns.values())]
-        for n, (one, (_, best, _, _)) in enumerate(zip(done, lines, strict=True))
+        for n, (one, top) in enumerate(zip(done, best, strict=True))
     ]  # fmt: skip
-    rows.append(["median", "", "", *(f"{median(values):{form}}" for form, values in columns.values())])
+    rows.append(["median", "", "", "", *(f"{median(values):{form}}" for form, values in columns.values())])
     near = sum(gap >= -5 for gap in columns["default less best"][1])
-    told = f"{len(done)} of the half's 25 tasks; on {near} the default lies within 5 points of the grid's best."
-    return f"{told}\n\n{markdown(('task', 'measure', 'best at', *columns), rows)}"
+    whole = sum("grid_done" in one for one in done)
+    told = (
+        f"{len(done)} of the half's 25 tasks, {whole} with their whole grid; on {near} the default lies within 5 "
+        "points of the best point that was run."
+    )
+    for settings in sorted({" ".join(one["set"]) for one in plain if one["set"]}):
+        told += f" Not by the plain command, but with `--set {settings}`: " + ", ".join(
+            one["task"] for one in done if " ".join(one["default"]["set"]) == settings
+        )
+    return f"{told}\n\n{markdown(('task', 'measure', 'judged', 'best at', *columns), rows)}"
+
+
+def _judged(one: Json) -> str:
+    """A verdict with the best baseline that needs no learning, or nothing."""
+    found = one.get("verdict")
+    return f"{found['verdict']}; {found['baseline']} {found['baseline_value']:.1f}" if found else ""
 
 
 def benches() -> str:

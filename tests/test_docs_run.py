@@ -51,4 +51,4 @@ def test_the_flat_loop(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_recipe_of_the_docs() -> None:
     (text,) = blocks("docs/recipes.md", "yaml")
     recipe = Recipe.parse(yaml.safe_load(text))
-    assert recipe.training.rate == 2e-4
+    assert recipe.training.learning_rate == 2e-4

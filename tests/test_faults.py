@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import socket
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_base import CHATML, EOS, byte_tokenizer
 from postil import Engine, LoraConfig, Request, attach, detach, export_merged, merge, train
 from postil.adapter import AdaptedModel
 from postil.adapter.peft_files import load_adapter, save_adapter
@@ -31,18 +34,10 @@ from postil.engine.request import prompt_ids
 from postil.errors import AdapterError, RecipeError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.seeds import derive
-from postil.training import Recipe, TrainOptions, prepare
-from postil.training.batch import to_device
-from postil.training.defaults import chosen
+from postil.training import Recipe, TrainOptions, batch, defaults, optimizer, prepare, step
 from postil.training.loop import run
-from postil.training.optimizer import AdapterWeights
-from postil.training.step import gradients as step_gradients
 
-VOCABULARY, EOS = 260, 257
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+VOCABULARY = 260
 KINDS = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64},
     "gpt2": {},
@@ -60,14 +55,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Every byte a token; pad is eos, as in most bases."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
+    made = byte_tokenizer()
+    made.pad_token = "<|im_end|>"
     assert made.pad_token_id == made.eos_token_id == EOS
     return made
 
@@ -115,8 +104,8 @@ def logits(model: Any, ids: Any = range(1, 20)) -> torch.Tensor:
 def gradients(packs: list[Any], model: AdaptedModel) -> tuple[float, torch.Tensor]:
     """The loss and the flat gradient of one step."""
     resident = model.resident("default")
-    weights = AdapterWeights.of(resident)
-    loss, _, _ = step_gradients(model, weights, resident, packs, TrainOptions(), 1)
+    weights = optimizer.AdapterWeights.of(resident)
+    loss, _, _ = step.gradients(model, weights, resident, packs, TrainOptions(), 1)
     return loss, weights.grad.clone()
 
 
@@ -183,8 +172,8 @@ def test_soup354_an_adapter_depends_on_its_seed_alone() -> None:
 
 
 def test_trl_sftconfig_defaults_are_the_methods_own() -> None:
-    rates = {method: chosen(100_000, 10**6, 90, method).learning_rate for method in ("lora", "qlora", "full")}
-    assert rates["lora"] == rates["qlora"] == pytest.approx(10 * rates["full"])
+    lora, qlora, full = (defaults.chosen(10**5, 10**6, 90, kind).learning_rate for kind in ("lora", "qlora", "full"))
+    assert lora == qlora == pytest.approx(10 * full)
     assert DataOptions().max_length is None  # the base's context, not 1024
 
 
@@ -257,7 +246,7 @@ def test_t1230_a_pack_leaks_nothing() -> None:
     model = adapted(scrambled=True)
     made = samples(5)
     packed = pack(made)
-    ids, positions, _ = to_device(packed, model)
+    ids, positions, _ = batch.to_device(packed, model)
     layout = Layout.packed(packed.lengths, Spans((Span(0, len(ids), 0),)))
     with torch.no_grad(), model.using(layout):
         together = model.logits(model.hidden(ids, positions), layout.spans)

@@ -24,7 +24,7 @@ def test_inspect_tells_what_is_in_it(postil: Any, adapter: Path, base: Path) -> 
     assert facts["modules"] == "k_proj ×2, o_proj ×2, q_proj ×2, v_proj ×2"
     assert facts["parameters"] == "3,584"
     assert facts["size"] == "0.01 MB"
-    assert facts["card"] == "data, recipe, result, template_hash, versions"
+    assert facts["card"] == "data, recipe, result, seen, template_hash, versions"
 
 
 def test_diff_names_what_differs(postil: Any, adapter: Path, changed: Any) -> None:

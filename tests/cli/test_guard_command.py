@@ -33,9 +33,23 @@ def settings(**values: Any) -> list[str]:
 def test_a_dry_run_says_what_would_be_done_with_the_text(postil: Any, train: Any, general: Path) -> None:
     told = postil(*train, "--guard", 0.05, "--general", general, *settings(kl_weight=0.5), "--dry-run")
     assert told.code == 0
-    assert "general text: 8 documents; " in told.err
-    assert "tokens watched at each validation; no state more than 0.05 nats above the base is kept" in told.err
-    assert "each step: 0.5 × KL to the base over 2 general rows of 128 tokens" in told.err
+    assert "general ability: 8 documents; " in told.err
+    assert "of prose watched at each validation; no state more than 0.05 nats above the base is kept" in told.err
+    assert "each step: 0.5 × KL to the base over general rows, 2 of prose (64 tokens)" in told.err
+
+
+def test_without_a_file_what_ships_is_held_to(postil: Any, train: Any) -> None:
+    told = postil(*train, "--guard", 0.05, *settings(kl_weight=0.5), "--dry-run")
+    assert told.code == 0
+    assert "tokens of prose and" in told.err
+    assert "tokens of chat watched at each validation" in told.err
+    assert "2 of prose (64 tokens) and 2 of chat" in told.err
+
+
+def test_chat_rows_of_ones_own_are_held_to(postil: Any, train: Any, rows: Path) -> None:
+    told = postil(*train, "--general", rows, *settings(kl_weight=0.5), "--dry-run")
+    assert told.code == 0
+    assert "each step: 0.5 × KL to the base over general rows, 2 of chat" in told.err
 
 
 def test_a_guarded_run_says_what_it_kept_and_puts_it_on_the_card(
@@ -72,7 +86,7 @@ def test_tensorboard_shows_the_damage(postil: Any, train: Any, general: Path, tm
 def test_a_run_that_spoils_everything_ends_in_an_error_and_no_adapter(
     refusal: Any, train: Any, general: Path, tmp_path: Path
 ) -> None:
-    spoilt = (*train, "--guard", 0, "--general", general, "--lr", 30, *settings(warmup=0, steps=2))
+    spoilt = (*train, "--guard", 0, "--general", general, "--lr", 30, *settings(warmup=0, steps=2, kl_weight=0))
     for _ in range(2):  # a finished run says the same
         message = refusal(*spoilt)
         assert message.startswith("guard 0: no state that was measured stays within it (step ")
@@ -83,19 +97,17 @@ def test_a_run_that_spoils_everything_ends_in_an_error_and_no_adapter(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--guard", "0.05"], "training.guard needs general text: name a file of your own with --general"),
-        (["--set", "training.kl_weight=1"], "training.kl_weight needs general text: name a file of your own"),
-        (["--set", "training.general_share=0.1"], "training.general_share needs general text"),
         (["--guard", "-1"], "recipe: training: guard: Input should be greater than or equal to 0 (found -1.0)"),
         (["--guard", "x"], "Invalid value for '--guard'"),
         (["--set", "training.gaurd=1"], "recipe: training: unknown key 'gaurd' (did you mean 'guard'?)"),
         (["--general", "nothing.jsonl"], "nothing.jsonl does not exist"),
-        (["--general", "ROWS"], "rows.jsonl: no line can be read. the columns 'prompt', 'completion' are not known"),
-        (["--general", "ONE", "--set", "training.kl_weight=1"], "has 1 document(s), and half of them are watched"),
+        (["--general", "BAD"], "bad.jsonl:2: a chat row needs `messages` or a `prompt`"),
+        (["--general", "ONE", "--set", "training.kl_weight=1"], "there is 1 general document, and some must be"),
     ],
 )
 def test_slips(refusal: Any, train: Any, rows: Path, tmp_path: Path, words: list[str], said: str) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "a document"}\n')
-    places = {"ROWS": str(rows), "ONE": str(tmp_path / "one.jsonl")}
+    (tmp_path / "bad.jsonl").write_text('{"text": "a document"}\n{"question": "why?"}\n')
+    places = {"BAD": str(tmp_path / "bad.jsonl"), "ONE": str(tmp_path / "one.jsonl")}
     assert said in refusal(*train, *(places.get(word, word) for word in words))
     assert not (tmp_path / "out/log.jsonl").exists()

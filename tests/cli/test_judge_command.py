@@ -207,20 +207,22 @@ def test_an_adapter_that_is_not_there(refusal: Any, base: Path, here: Path) -> N
 
 
 def test_the_sentence_names_the_best_baseline() -> None:
-    from postil.cli.judge_command import sentence
+    from postil.judging.card.model import Estimate, verdict_of
+    from postil.reporting.card_words import sentence
 
     def estimate(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 1, "high": value + 1}
 
-    def comparison(base: float, verdict: str) -> dict[str, Any]:
+    def comparison(base: float) -> dict[str, Any]:
         values = {"base": estimate(base), "adapter": estimate(55), "difference": estimate(55 - base)}
         fixed = {"metric": "accuracy", "better": "higher", "unit": "%", "rows": 60, "detectable": 9}
-        return fixed | values | {"verdict": verdict}
+        gap = Estimate(**estimate(55 - base))
+        return fixed | values | {"verdict": verdict_of("higher", gap)}
 
     def said(**baselines: float) -> str:
-        beside = {name: {"accuracy": comparison(value, "no evidence")} for name, value in baselines.items()}
+        beside = {name: {"accuracy": comparison(value)} for name, value in baselines.items()}
         target = {"data": {"name": "t", "sha256": "x", "rows": 60}, "main": "accuracy", "baselines": beside,
-                  "measures": {"accuracy": comparison(0, "better")}}  # fmt: skip
+                  "measures": {"accuracy": comparison(0)}}  # fmt: skip
         return sentence(ScoreCard.parse({"base": {}, "adapter_sha256": "x", "command": "x", "target": target}))
 
     assert said() == "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0)."
@@ -228,6 +230,6 @@ def test_the_sentence_names_the_best_baseline() -> None:
         "Better on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0), and than nearest row (20.0)."
     )
     assert said(random_option=54.5, copy_prompt=0) == (
-        "No evidence on the target: accuracy 0.0 → 55.0 % (+55.0, +54.0 to +56.0), "
-        "yet no better than random option (54.5)."
+        "Target.accuracy is not better than the best trivial baseline's, random_option: 54.5% → 55%, difference 0.5 "
+        "[-0.5, 1.5], no evidence either way (these 60 rows show 9 or more)."
     )

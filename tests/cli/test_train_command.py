@@ -34,7 +34,8 @@ def bytes_of(run: Path) -> bytes:
 
 
 def test_it_says_what_it_does_and_leaves_a_whole_run(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
-    result = postil(*train, rows, "--epochs", 2, "--lr", "1e-3", "--set", "training.warmup=20")
+    result = postil(*train, rows, "--epochs", 2, "--lr", "1e-3", "--set", "training.warmup=20",
+                    "--set", "training.kl_weight=0")  # fmt: skip
     assert result.code == 0
     assert result.out == f"{tmp_path / 'out/adapter'}\n"
     for said in (
@@ -94,7 +95,8 @@ def test_a_dry_run_writes_nothing(postil: Any, train: Any, rows: Path, tmp_path:
 
 
 def test_what_is_not_given_is_chosen_said_and_kept(postil: Any, base: Path, rows: Path, tmp_path: Path) -> None:
-    words = ("train", "--base", base, "--out", tmp_path / "out", "--data", rows)
+    free = ("--set", "training.kl_weight=0")
+    words = ("train", "--base", base, "--out", tmp_path / "out", "--data", rows, *free)
     said = (
         "chosen from the data: learning rate, epochs, batch size; 19 rows of ",
         "want several passes at a high rate",
@@ -117,6 +119,17 @@ def test_what_is_not_given_is_chosen_said_and_kept(postil: Any, base: Path, rows
     again = postil("train", tmp_path / "out/recipe.yaml")
     assert (again.code, "finished before" in again.err) == (0, True)
     assert "chosen from the data" not in again.err
+
+
+def test_it_is_held_to_prose_and_chat_by_default(postil: Any, base: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("train", "--base", base, "--out", tmp_path / "out", "--data", rows, "--epochs", 1)
+    told = postil(*words).err
+    assert "each step: 1 × KL to the base over general rows, 2 of prose (64 tokens) and 2 of chat" in told
+    kept = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["training"]
+    assert (kept["kl_weight"], kept["guard"]) == (1.0, None)
+    steps = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert all({"kl_loss", "kl_prose", "kl_chat"} <= step.keys() for step in steps)
+    assert {"prose_rise", "chat_rise"} <= steps[-1].keys()
 
 
 def test_full_fine_tuning_leaves_a_model(postil: Any, train: Any, rows: Path, tmp_path: Path) -> None:
@@ -304,7 +317,13 @@ def test_a_full_disk_at_a_model(
 
 
 def test_a_full_disk_at_the_log_keeps_the_checkpoints(refusal: Any, train: Any, rows: Path, tmp_path: Path) -> None:
-    settings = ("training.steps=400", "training.checkpoint_every=50", "lora.r=1", "valid_share=0")
+    settings = (
+        "training.steps=400",
+        "training.checkpoint_every=50",
+        "lora.r=1",
+        "valid_share=0",
+        "training.kl_weight=0",
+    )
     with small_disk(20_000):
         message = refusal(*train, rows, *(word for setting in settings for word in ("--set", setting)))
     assert "out could not be written to (File too large); its last checkpoint is whole" in message

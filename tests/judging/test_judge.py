@@ -31,6 +31,7 @@ from postil.judging.judge import judge as judge_with_chat
 from postil.judging.options import SCALES, JudgeOptions
 from postil.judging.sets.general import read_general
 from postil.registry import Registry
+from postil.registry.policy import Policy
 
 judge = partial(judge_with_chat, chat=None)  # chat: sets/test_chat.py
 
@@ -112,12 +113,14 @@ def test_the_card_is_the_same_again_and_kept_beside_the_weights(base: Base, file
 def test_a_published_version_keeps_its_card(base: Base, files: dict[str, Path], tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     judge(base, files["adapter"], target=files["test"], general=TEXT, options=options())
-    version = registry.publish(files["adapter"], "note", gate="target.exact_match >= 0 and general.nats > 0")
-    card = judge(base, version.path, target=files["test"], general=TEXT, options=options())
+    registry.set_policy("note", Policy(gate="target.exact_match >= 0 and general.nats > 0"))
+    registry.publish(files["adapter"], "note")
+    place = registry.resolve("note")
+    card = judge(base, place, target=files["test"], general=TEXT, options=options())
     assert any("is a published version, which never changes" in note for note in card.notes)
-    assert registry.resolve("note") == version.path  # every byte as it was
+    assert registry.resolve("note") == place  # every byte as it was
     with pytest.raises(AdapterError, match="is a published version, which never changes"):
-        update_card(version.path, score_card={})
+        update_card(place, score_card={})
 
 
 def test_an_adapter_in_memory_and_a_resident_are_what_they_would_be_on_disk(

@@ -190,12 +190,12 @@ def test_a_row_decodes_alone_as_among_others(dtype: torch.dtype, window: int | N
         assert dtype == torch.float32 or (found != together).float().mean() <= 0.01
 
 
-@pytest.mark.parametrize("case", ["soft cap", "sinks", "soft cap after a prefix", "window", "prefix"])
+@pytest.mark.parametrize("case", ["soft cap", "sinks", "soft cap after a prefix", "soft cap and window"])
 def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(case: str) -> None:
     tokens = 600
     tensors = [part.requires_grad_() for part in make(tokens, tokens, 4, 2)]
     options: dict[str, Any] = {"softcap": 3.0} if case.startswith("soft cap") else {}
-    options |= {"window": 250} if case == "window" else {}
+    options |= {"window": 250} if case.endswith("window") else {}
     if case == "sinks":
         options["sinks"] = torch.zeros(4, requires_grad=True)
     before = [None, 0] if case.endswith("prefix") else None
@@ -209,8 +209,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept_for_the_backward_pass(case: s
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = attention(*tensors, list(segments), scale=SCALE, **options)
     inputs = sum(part.nbytes for part in tensors) + 16
-    assert 5 * inputs < tokens * tokens * 4
-    assert sum(kept.values()) <= (inputs if "s" in case[:2] else 5 * inputs)  # a pack keeps k and v of each head, too
+    assert sum(kept.values()) <= inputs < tokens * tokens
     out.sum().backward()
     assert all(part.grad is not None for part in tensors)
 

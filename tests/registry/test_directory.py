@@ -279,18 +279,32 @@ def test_what_is_needed_is_on_the_disk_before_what_needs_it(
 def test_a_new_folder_is_on_the_disk_before_what_is_in_it(
     tmp_path: Path, judged: Judged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, synced, sync = tmp_path / "registry", list[str](), os.fsync
+    root, sync = tmp_path / "registry", os.fsync
+    folders = [root / name for name in ("blobs", "versions", "names", "names/support")]
+    named = set[Path]()  # the folders whose own names are on the disk
 
     def syncing(handle: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        named.update(folder for folder in folders if folder.parent == path and folder.is_dir())
+        for folder in folders:
+            assert folder in named or folder not in path.parents, f"{path} before {folder}"
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", syncing)
     Registry(root).publish(judged(0), "support")
     monkeypatch.undo()
-    for folder in ("blobs", "versions", "names", "names/support"):
-        parent, place = str((root / folder).parent), str(root / folder)
-        assert synced.index(parent) < min(at for at, path in enumerate(synced) if path.startswith(place)), folder
+    assert named == set(folders)
+
+
+def test_the_grace_of_a_version_begins_when_it_is_retired(tmp_path: Path, judged: Judged) -> None:
+    registry = Registry(tmp_path / "registry")
+    one = registry.publish(judged(0), "support")
+    registry.publish(judged(1), "support")
+    for path in (tmp_path / "registry").rglob("*"):
+        os.utime(path, (1, 1))
+    registry.retire("support", one.short)
+    assert registry.collect(grace=1)[0] == []
+    assert registry.collect(grace=0)[0] == [one.digest]
 
 
 def test_a_first_publication_killed_leaves_a_place_for_another(tmp_path: Path, judged: Judged) -> None:

@@ -116,3 +116,12 @@ def test_an_alias_ahead_of_a_log_that_was_restored(root: Path, judged: Judged) -
     alias.write_text(json.dumps(event))
     assert Registry(root).state("support").live == {"live": digests[0]}
     assert Registry(root).version("support").digest == digests[0]
+
+
+def test_a_name_is_bound_to_the_base_of_what_is_live(root: Path, judged: Judged) -> None:
+    digests = format_1(root, {"support": [judged(0), judged(1, source="sha256:other")]})["support"]
+    assert Registry(root).state("support").base == "sha256:other"
+    alias = root / "aliases/support/live.json"
+    event = json.loads(alias.read_text()) | {"number": 3, "action": "rollback", "version": digests[0]}
+    alias.write_text(json.dumps(event))
+    assert Registry(root).state("support").base == "sha256:base"

@@ -14,7 +14,8 @@ from postil.adapter import Adapter
 from postil.adapter.peft_files import save_adapter
 from postil.errors import JudgeError
 from postil.judging.card.model import Comparison, CurvePoint, DataUsed, Estimate, Leakage, Part, ScoreCard
-from postil.reporting.card_page import baseline_line, card_html, sentence
+from postil.reporting.card_page import baseline_line, card_html
+from postil.reporting.card_words import sentence
 from postil.reporting.report import ANSWERS, write_beside, write_report
 from postil.reporting.reported import read_reported, run_of
 
@@ -89,9 +90,10 @@ def test_the_best_of_what_needs_no_learning_is_named() -> None:
     )
     page = "".join(card_html(card(target=found)))
     assert "best of the baselines" in page
-    assert "On its task: <b>no evidence</b>" in sentence(card(target=found))
+    assert "is not better than the best trivial baseline's, nearest_row" in sentence(card(target=found))
     better = part.model_copy(update={"baselines": {"copy_prompt": beside["copy_prompt"]}})
-    assert "On its task: <b>better</b>" in sentence(card(target=better))
+    assert sentence(card(target=better)).startswith("Better on the target: bleu ")
+    assert ", and than copy prompt (20.0)" in sentence(card(target=better))
     assert "the adapter is better (+40.7, +40.7 to +40.8)" in baseline_line(better)
 
 

@@ -8,7 +8,7 @@ from tiny import tiny_documents, tiny_model, tiny_samples
 from postil.adapter import LoraConfig, attach
 from postil.errors import RecipeError
 from postil.training import TrainOptions, train
-from postil.training.defaults import MOST_EPOCHS, chosen, settled
+from postil.training.defaults import HELD, MOST_EPOCHS, chosen, settled
 from postil.training.options import CHOSEN
 
 
@@ -36,6 +36,15 @@ def test_the_rate_falls_with_the_rows_and_full_fine_tunings_is_its_own() -> None
     assert {chosen(rows, 10 * rows, 50, "full").learning_rate for rows in sizes} == {2e-5}
 
 
+def test_what_is_held_to_its_base_bears_a_higher_rate_and_needs_fewer_epochs() -> None:
+    found = [chosen(rows, 10 * rows, 50, "lora", held=True) for rows in (20, 150, 500, 2_000, 50_000)]
+    assert [one.learning_rate for one in found] == [2e-3, 2e-3, 2e-3, 1e-3, 2e-4]
+    assert [one.epochs for one in found] == [5, 5, 5, 1, 1]
+    assert chosen(150, 900, 50, "full", held=True) == chosen(150, 900, 50, "full")
+    now, _ = settled(TrainOptions(kl_weight=0.5), tiny_samples(), tiny_samples(6))
+    assert (now.learning_rate, now.epochs) == (2e-3, 5)
+
+
 def test_a_run_stops_early_only_where_rows_come_again_and_some_are_held_out() -> None:
     assert chosen(150, 900, 50, "lora", held_out=8).patience > 0
     assert chosen(150, 900, 50, "lora").patience == 0
@@ -47,7 +56,7 @@ def test_a_run_stops_early_only_where_rows_come_again_and_some_are_held_out() ->
 
 def test_what_is_given_stays() -> None:
     given = {"learning_rate": 3e-5, "epochs": 2, "batch_size": 5, "warmup": 7, "valid_every": 4, "valid_rows": 3,
-             "patience": 0}  # fmt: skip
+             "patience": 0, "kl_weight": 0.25}  # fmt: skip
     assert set(given) == set(CHOSEN)
     now, why = settled(TrainOptions(**given), tiny_samples(), tiny_samples(6))
     assert {key: getattr(now, key) for key in given} == given
@@ -57,6 +66,14 @@ def test_what_is_given_stays() -> None:
         assert getattr(now, key) == value
         assert f"chosen from the data: {'learning rate, ' if key != 'learning_rate' else ''}" in why[0]
     assert settled(now, tiny_samples(), tiny_samples(6)) == (now, ())  # once chosen, chosen
+
+
+def test_an_adapter_is_held_to_general_rows_where_there_are_some() -> None:
+    samples = tiny_samples()
+    assert settled(TrainOptions(), samples, watched=500)[0].kl_weight == HELD
+    assert settled(TrainOptions(), samples)[0].kl_weight == 0
+    assert settled(TrainOptions(method="full"), samples, watched=500)[0].kl_weight == 0
+    assert settled(TrainOptions(kl_weight=0), samples, watched=500)[0].kl_weight == 0
 
 
 def test_auto_is_what_nothing_is() -> None:

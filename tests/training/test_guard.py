@@ -32,7 +32,15 @@ from postil.training.optimizer import AdapterWeights, FullWeights
 from postil.training.validation import validate
 
 GUARD = 0.05
-HOT = {"learning_rate": 5e-2, "epochs": 6, "schedule": "constant", "warmup": 20, "valid_every": 1, "patience": 0}
+HOT = {
+    "learning_rate": 5e-2,
+    "epochs": 6,
+    "schedule": "constant",
+    "warmup": 20,
+    "valid_every": 1,
+    "patience": 0,
+    "kl_weight": 0,
+}
 
 
 def fresh(seed: int = 1, **settings: Any) -> AdaptedModel:

@@ -77,7 +77,7 @@ def test_one_sequence_at_a_time_has_the_masks_of_the_pack(samples: list[Sample])
         model = tiny_model()
         attach(model, DROPPING, seed=1)
         model.packs = packs_well
-        weights, options = AdapterWeights.of(model.resident("default")), TrainOptions(batch_size=8)
+        weights, options = AdapterWeights.of(model.resident("default")), options_of(batch_size=8)
         _, packs = next(steps_of(samples, options, 0, 1))
         gradients(model, weights, model.resident("default"), packs, options, 1)
         found.append(weights.grad.clone())
@@ -93,7 +93,7 @@ def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: lis
     model = tiny_model()
     attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
     resident = model.resident("default")
-    weights, options = AdapterWeights.of(resident), TrainOptions(kl_weight=1.0)
+    weights, options = AdapterWeights.of(resident), options_of(kl_weight=1.0)
     resident.flat.add_(torch.randn(resident.flat.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
     _, packs = next(steps_of(samples, options, 0, 1))
     found = []

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_samples
+from tiny import options_of, tiny_model, tiny_samples
 
 from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.data import Sample
-from postil.training import TrainOptions, train
+from postil.training import train
 from postil.training.batch import shares
 from postil.training.optimizer import AdapterWeights, FullWeights, Trainable
 from postil.training.step import gradients, steps_of
@@ -34,7 +34,7 @@ def alike(count: int = 23) -> list[Sample]:
 
 def step_of(model: AdaptedModel, share: bool, full: bool, **settings: Any) -> tuple[float, int, int, torch.Tensor]:
     """(loss, tokens of its rows, tokens computed, gradient) of a first step."""
-    options = TrainOptions(method="full" if full else "lora", **settings)
+    options = options_of(method="full" if full else "lora", **settings)
     resident = None if full else model.resident("default")
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     _, packs = next(steps_of(alike(), options, 0, 1, share=share))

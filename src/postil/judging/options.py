@@ -81,7 +81,8 @@ class JudgeOptions(Settings):
     rows: how the target's rows are read; null takes what the adapter's recipe says.
     limit: at most this many prompts, by chance from the seed. max_new_tokens: null is a quarter more than the
         longest reference and 8. stop: null is a newline for raw rows (a blank line where an answer has newlines).
-    slices: columns whose values are looked at apart, from `smallest_slice` rows on.
+    slices: columns whose values are looked at apart, from `smallest_slice` rows on; rarer ones are one
+        slice together.
     shots: examples in the base's few-shot prompt; null is 4 where the training rows are known (given, or as the
         adapter's recipe names them), 0 asks without.
     scope: what the adapter is for: anything that its base answers (assistant), or its own task alone (task), which

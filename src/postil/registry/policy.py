@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from postil.errors import PostilError, RegistryError, listed
 from postil.judging.card.model import ScoreCard
-from postil.judging.gate.conditions import Condition
 from postil.judging.gate.gate import DEFAULT, GateResult, check
+from postil.judging.gate.items import Condition
 from postil.settings import Settings
 
 LATEST = "default"  # stored in place of an expression: the default gate of the postil that asks

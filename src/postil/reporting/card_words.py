@@ -40,7 +40,11 @@ def _target(part: Part) -> str:
         found = judged(Judged(item.path, False, "better"), item)
     except NoAnswer:  # nothing to beat was measured
         return _said(m, "on the target", part.main)
-    return _said(m, "on the target", part.main) if found.passed else found.sentence
+    if not found.passed:
+        return found.sentence
+    best = part.best_baseline
+    beside = f", and than {best[0].replace('_', ' ')} ({number(best[1].base.value, best[1])})" if best else ""
+    return _said(m, "on the target", part.main) + beside
 
 
 def _general(path: str, name: str, measure: str, m: Comparison) -> str:

@@ -19,6 +19,7 @@ from postil.engine.own_answers import answered_samples, chat_ids, conversation, 
 from postil.errors import DataError
 from postil.training.general import Documents
 
+ANSWER_TOKENS = 24  # of the base's own answers: what a note spoils, it spoils from the first ones on
 From = str | Path | Sequence[Mapping[str, Any]]
 
 
@@ -111,7 +112,7 @@ def _chats(
     found: list[Sample] = []
     if prompts:
         rows, ids = zip(*prompts, strict=True)
-        answers = own_answers(model, ids, done=lambda count: done(count, len(ids)))
+        answers = own_answers(model, ids, new_tokens=ANSWER_TOKENS, done=lambda count: done(count, len(ids)))
         found += answered_samples(ids, answers, tokenizer, rows)
     drafts = [draft_chat(row, Chat(messages, None), tokenizer, "last") for row, messages in answered]
     found += encode(drafts, tokenizer, limit=context, too_long="drop", tally=Tally()) if drafts else []

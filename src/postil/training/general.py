@@ -57,6 +57,11 @@ class General:
         return self.watched, self.held, self.chat_watched, self.chat_held
 
     @property
+    def all_held(self) -> tuple[Sample, ...]:
+        """Everything that is held to, of both kinds."""
+        return (*self.held, *self.chat_held)
+
+    @property
     def watched_tokens(self) -> int:
         """All tokens of a look at what is watched."""
         return sum(len(one.ids) for one in (*self.watched, *self.chat_watched))
@@ -100,15 +105,16 @@ class General:
 
 
 def wants_general(options: TrainOptions) -> bool:
-    """Whether an option needs general rows."""
-    return options.guard is not None or options.kl_weight > 0 or options.general_share > 0
+    """Whether general rows are to be read: an option needs them, or an adapter is held to them by default."""
+    held = options.method != "full" if options.kl_weight is None else options.kl_weight > 0
+    return options.guard is not None or held or options.general_share > 0
 
 
 def check_general(options: TrainOptions, given: bool) -> None:
     """Raise RecipeError where an option needs general rows and none are given."""
     wanted = {
         "guard": options.guard is not None,
-        "kl_weight": options.kl_weight > 0,
+        "kl_weight": bool(options.kl_weight),
         "general_share": options.general_share > 0,
     }
     for name in [name for name, on in wanted.items() if on and not given][:1]:

@@ -15,36 +15,48 @@ from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import shares, to_device, training_spans
 from postil.training.optimizer import Trainable
-from postil.training.options import TrainOptions
+from postil.training.options import Settled
 
 KEPT_BYTES = 256 << 20  # of the base's hidden states
+CHUNK = 16  # rows that the base is run over together
 
 
 @dataclass(slots=True)
 class BaseStates:
     """The bare base's hidden states [targets, dim] before each target of a general row, computed once while there is
-    room. Each row is run alone, so that its bits do not depend on which others were asked for."""
+    room.
+
+    rows: those that will be asked for, CHUNK neighbours computed together, so that the bits of one do not depend on
+    which were asked for before; any other row is run alone.
+    """
 
     bare: Bare
+    rows: Sequence[Sample] = ()
     room: int = KEPT_BYTES
-    kept: dict[int, tuple[Sample, torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    chunks: dict[int, Sequence[Sample]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        cut = [self.rows[start : start + CHUNK] for start in range(0, len(self.rows), CHUNK)]
+        self.chunks = {id(row): chunk for chunk in cut for row in chunk}
 
     @torch.no_grad()
     def of(self, model: AdaptedModel, row: Sample) -> torch.Tensor:
         """Those of one row, in the base's dtype."""
-        found = self.kept.get(id(row))
-        if found is not None and found[0] is row:
-            return found[1]
-        packed = pack([row])
+        if id(row) in self.kept:
+            return self.kept[id(row)]
+        chunk = self.chunks.get(id(row), (row,))
+        packed = pack(chunk)
         ids, positions, share = to_device(packed, model)
         targets = share.nonzero(as_tuple=True)[0]
         with model.using(Layout.packed(packed.lengths)):
             states = base_states(model, ids, positions, targets - 1, bare=self.bare)
+        parts = dict(zip(map(id, chunk), torch.split(states, [one.target_tokens for one in chunk]), strict=True))
         size = states.numel() * states.element_size()
-        if size <= self.room:
+        if id(row) in self.chunks and size <= self.room:
             self.room -= size
-            self.kept[id(row)] = (row, states)
-        return states
+            self.kept |= parts
+        return parts[id(row)]
 
 
 def kl_gradients(
@@ -52,7 +64,7 @@ def kl_gradients(
     weights: Trainable,
     resident: Resident | None,
     kinds: Mapping[str, Sequence[Sample]],
-    options: TrainOptions,
+    options: Settled,
     step: int,
     states: BaseStates,
     scale: float = 1.0,

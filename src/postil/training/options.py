@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator
 from postil.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-CHOSEN = ("learning_rate", "epochs", "batch_size", "warmup", "valid_every", "valid_rows", "patience")
+CHOSEN = ("learning_rate", "epochs", "batch_size", "warmup", "valid_every", "valid_rows", "patience", "kl_weight")
 MOST_WARMUP = 20  # steps of a warm-up that is given as a share
 
 
@@ -27,11 +27,12 @@ class TrainOptions(Settings):
     from the number of rows and of the tokens that are learned, the validations so that they take about a tenth of
     the run. What is given stays.
 
-    The rest needs general text beside the data, half of its documents to watch and half to hold to. guard: the
-    largest rise of its nats per token over the base; the best state within it is kept (None: not asked).
-    watch_windows: of 512 tokens, measured at every validation. kl_weight: each step adds this times the mean
-    KL(base||adapted) per token over kl_rows general rows. general_share: so many general rows, as a share of
-    batch_size, are learned among each step's own. general_tokens: of one general row in a step.
+    The rest needs general rows beside the data, prose and chat, some to watch and the others to hold to. kl_weight:
+    each step adds this times the mean KL(base||adapted) per token over kl_rows general rows of each kind (auto: 1
+    where an adapter is trained and there are general rows, which a recipe's run has by default; 0: not held). guard:
+    the largest rise of their nats per token over the base; the best state within it is kept (None: not asked).
+    watch_windows: of 512 tokens, measured at every validation. general_share: so many general rows, as a share of
+    batch_size, are learned among each step's own. general_tokens: of a general row of prose in a step.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -58,7 +59,7 @@ class TrainOptions(Settings):
     patience: int | None = Field(default=None, ge=0)
     guard: float | None = Field(default=None, ge=0)
     watch_windows: int = Field(default=8, ge=1)
-    kl_weight: float = Field(default=0.0, ge=0)
+    kl_weight: float | None = Field(default=None, ge=0)
     kl_rows: int = Field(default=2, ge=1)
     general_share: float = Field(default=0.0, ge=0, le=1)
     general_tokens: int = Field(default=64, ge=2)
@@ -89,6 +90,7 @@ class Settled(TrainOptions):
     valid_every: int = Field(ge=1)
     valid_rows: int = Field(ge=0)
     patience: int = Field(ge=0)
+    kl_weight: float = Field(ge=0)
 
     def total_steps(self, rows: int) -> int:
         """The updates of a run over so many rows."""

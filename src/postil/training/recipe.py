@@ -125,7 +125,7 @@ def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, 
         training, valid = split_valid(dataset.samples, recipe.valid_share, recipe.training.seed)
     model, earlier = attach(base), None
     general = Documents()
-    if recipe.general is not None or wants_general(recipe.training):
+    if recipe.general is not None or (wants_general(recipe.training) and base.tokenizer is not None):
         general = general_documents(
             model, recipe.general or SHIPPED, skip_bad_lines=recipe.rows.skip_bad_lines, done=answered
         )

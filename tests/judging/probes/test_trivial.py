@@ -12,7 +12,7 @@ from postil.base import Base
 from postil.data import DataOptions
 from postil.judging.bootstrap import compare
 from postil.judging.card.build import Draw
-from postil.judging.card.model import Comparison, DataUsed, Part
+from postil.judging.card.model import Comparison, DataUsed, Estimate, Part, verdict_of
 from postil.judging.metrics import metric_named
 from postil.judging.metrics.metric import Metric
 from postil.judging.probes.trivial import Baselines, beside_baselines, trivial_answers
@@ -174,9 +174,10 @@ def part(base: float, adapter: float, baselines: dict[str, float], better: Any =
             name: {"value": one, "low": one, "high": one} for name, one in (("base", value), ("adapter", adapter))
         }
         gap = adapter - value
+        difference = Estimate(value=gap, low=gap - 1, high=gap + 1)
         return Comparison.parse(
             {"metric": "m", "better": better, "unit": "points", "rows": 50, "detectable": 1.0, **sides,
-             "verdict": "no evidence", "difference": {"value": gap, "low": gap - 1, "high": gap + 1}}
+             "verdict": verdict_of(better, difference), "difference": difference}
         )  # fmt: skip
 
     beside: Baselines = {name: {"m": comparison(value)} for name, value in baselines.items()}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch.utils.checkpoint import checkpoint
 
 from postil.kernels.attention.decode import decode
 from postil.kernels.attention.recomputed import recomputed
@@ -33,9 +32,10 @@ def attention(
 
     window: a query sees itself and the window-1 keys before it (None: all before it). softcap: scores become
     softcap·tanh(score/softcap) (Gemma 2). sinks: one extra logit per head that takes weight and gives no value.
-    Segments cover the queries in order. Nothing larger than [queries of a block, keys it can see] is made, nor kept
-    for the backward pass. Scores and sums are float32 (so a device's fused kernel sums, too),
-    rounded once to q's dtype. What k and v hold outside a segment's own keys counts for nothing, be it NaN.
+    Segments cover the queries in order. Nothing larger than [queries of a block, keys it can see] is made; of that
+    the backward pass keeps a mask at most, where torch's kernel wants one. Scores and sums are float32 (so a device's
+    fused kernel sums, too), rounded once to q's dtype. What k and v hold outside a segment's own keys counts for
+    nothing, be it NaN.
     """
     segments = [segment for segment in segments if segment.q1 > segment.q0]
     if not segments:
@@ -117,18 +117,9 @@ def _sequence(
         return _fused(q, k, v, Segment(segment.q0, segment.q1, first, segment.k1), scale, None)
     outputs = []
     for block in _blocks(segment, window):
-        part = partial(_masked, block=block, scale=scale, window=window)
-        if torch.is_grad_enabled():  # torch would keep each block's mask as floats: [queries, keys] again
-            outputs.append(checkpoint(part, q, k, v, use_reentrant=False, preserve_rng_state=False))
-        else:
-            outputs.append(part(q, k, v))
+        mask = _mask(block, window, q)
+        outputs.append(_fused(q, k, v, block, scale, mask))
     return torch.cat(outputs)
-
-
-def _masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, block: Segment, scale: float, window: int | None
-) -> torch.Tensor:
-    return _fused(q, k, v, block, scale, _mask(block, window, q))
 
 
 def _mask(block: Segment, window: int | None, q: torch.Tensor) -> torch.Tensor:
