@@ -1,4 +1,4 @@
-"""The demo: three teams, three notes, one base; trained, scored and answering together in one batch."""
+"""The demo: three teams, three notes, one base: trained, judged, published by policy, answering in one batch."""
 
 from postil.demo.run import Demo, run_demo
 

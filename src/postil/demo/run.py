@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,15 +147,17 @@ def train_and_judge(plan: Plan, watch: Watch) -> dict[str, dict[str, Any]]:
     count = min(len(TEAMS), torch.get_num_threads()) if plan.device == "cpu" and sys.executable else 1
     trained: dict[str, dict[str, Any]] = {}
     with lanes(count, plan, watch) as submit:
-        first = sorted(TEAMS, key=lambda team: team.name != CUT)  # the one with most to do after it
-        training = {submit("train", team.name): team.name for team in first}
-        judged: list[Future[Any]] = []
-        for future in as_completed(training):
-            name = training[future]
-            trained[name] = future.result()
-            judged += [submit(job, name) for job in ("judge", *(["cut"] if name == CUT else []))]
-        for future in judged:
-            future.result()
+        longest = sorted(TEAMS, key=lambda team: (-team.training.get("epochs", 1), team.name != CUT))
+        waiting = {submit("train", team.name): ("train", team.name) for team in longest}
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                job, name = waiting.pop(future)
+                answer = future.result()
+                if job == "train":
+                    trained[name] = answer
+                    waiting[submit("judge", name)] = ("judge", name)
+                elif job == "judge" and name == CUT:  # what the base said to the note is known to the cut one
+                    waiting[submit("cut", name)] = ("cut", name)
     return trained
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from postil.adapter import attach
 from postil.adapter.model import AdaptedModel
-from postil.demo.teams import CUT, TEAMS, Team
+from postil.demo.teams import BY_NAME, CUT, TEAMS
 from postil.demo.work import Plan
 from postil.engine import Engine, Request, unbroken
 from postil.errors import Refused
@@ -56,7 +56,7 @@ class Service:
 def publish_notes(registry: Registry, plan: Plan) -> Service:
     """Publish every team's note under its name, and CUT's a second time, cut; what the policy refuses is kept out."""
     found = Service()
-    notes = {team.name: (team, "adapter") for team in TEAMS} | {f"{CUT} (cut)": (_team(CUT), "cut")}
+    notes = {team.name: (team, "adapter") for team in TEAMS} | {f"{CUT} (cut)": (BY_NAME[CUT], "cut")}
     for what, (team, note) in notes.items():
         try:
             version = registry.publish(plan.run(team) / note, team.name)
@@ -93,10 +93,6 @@ def serve(model: AdaptedModel, registry: Registry, plan: Plan, found: Service) -
     found.history = {name: registry.history(name) for name in registry.names()}
 
 
-def _team(name: str) -> Team:
-    return next(team for team in TEAMS if team.name == name)
-
-
 def _is_live(registry: Registry, name: str) -> bool:
     return LIVE in registry.state(name).live
 
@@ -110,7 +106,7 @@ def _load(model: AdaptedModel, registry: Registry, name: str) -> str:
 
 
 def _questions(model: AdaptedModel, plan: Plan, name: str) -> Target:
-    team = _team(name)
+    team = BY_NAME[name]
     return read_target(str(team.file("test")), model.base, team.rows, limit=plan.limit or ASKED)
 
 
