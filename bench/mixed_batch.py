@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from main_job import rows_of
 from postil.adapter import AdaptedModel, LoraConfig, attach
 from postil.adapter.merge import merge, unmerge
 from postil.base import live_digest, load_base
@@ -30,7 +31,7 @@ NEAR = 1e-4
 
 def requests() -> list[Request]:
     """32 requests, every fourth of them for the bare base, the others over all adapters."""
-    texts = [row["messages"][0]["content"] for row in TEAMS[1].rows("test")[:32]]
+    texts = [row["messages"][0]["content"] for row in rows_of(TEAMS[1].file("test"))[:32]]
     names = [None if i % 4 == 3 else f"r{RANKS[i % len(RANKS)]}" for i in range(32)]
     return [Request(prompt=t, adapter=a, max_new_tokens=NEW_TOKENS) for t, a in zip(texts, names, strict=True)]
 

@@ -49,7 +49,7 @@ def samples_of(base: Any, wide: bool, steps: int) -> list[Any]:
     from postil.demo.teams import TEAMS
 
     if not wide:
-        return load_data(TEAMS[2].rows("train")[: 8 * steps], base).samples
+        return load_data(TEAMS[2].file("train"), base).samples[: 8 * steps]
     text = (files("postil.data") / "samples" / "general.jsonl").read_text(encoding="utf-8")
     joined = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
     ids = base.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
