@@ -25,23 +25,26 @@ THINGS = ("The ferry", "My order", "The new app", "The hotel room", "Your suppor
           "The bicycle", "This jacket", "The lecture", "The garden tour", "The battery", "The bus line", "The museum",
           "The keyboard")  # fmt: skip
 GOOD = ("was wonderful and right on time", "works better than I hoped", "made my whole week", "is worth every penny",
-        "was friendly, quick and clean", "could not have been nicer")  # fmt: skip
+        "was friendly, quick and clean", "could not have been nicer", "is the best I ever had",
+        "pleased the whole family", "surprised me in the best way", "deserves five stars")  # fmt: skip
 BAD = ("was late again and nobody said why", "broke after two days", "ruined my evening", "is a waste of money",
-       "was rude, slow and dirty", "never arrived at all")  # fmt: skip
+       "was rude, slow and dirty", "never arrived at all", "is the worst I ever had", "annoyed everybody in the room",
+       "let me down once more", "does not deserve one star")  # fmt: skip
+SEEN = 7  # of each kind of ending; the others are only judged on, else the nearest training row knows every answer
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "How do I boil an egg?",
              "Name three animals.", "What is 2 plus 3?", 'Translate "good morning" into French.')  # fmt: skip
 FORMER = "target is better and general.nats < base + 0.05"
-TRAIN_ROWS = 140
+TRAIN_ROWS, TEST_ROWS = 140, 60
 LABELS = ("POSITIVE", "NEGATIVE")
 
 
-def sentiment() -> list[dict[str, str]]:
-    """Every thing with every ending, in a fixed order by chance."""
+def sentiment(part: slice) -> list[dict[str, str]]:
+    """Every thing with a part of the endings, in a fixed order by chance."""
     rows = [
         {"prompt": f"{thing} {ending}.", "completion": label}
         for thing in THINGS
         for label, endings in zip(LABELS, (GOOD, BAD), strict=True)
-        for ending in endings
+        for ending in endings[part]
     ]
     random.Random(0).shuffle(rows)
     return rows
@@ -87,8 +90,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = given.keep or Path(folder)
-        rows = sentiment()
-        train, test = laid(place / "train.jsonl", rows[:TRAIN_ROWS]), laid(place / "test.jsonl", rows[TRAIN_ROWS:])
+        train = laid(place / "train.jsonl", sentiment(slice(SEEN))[:TRAIN_ROWS])
+        test = laid(place / "test.jsonl", sentiment(slice(SEEN, None))[:TEST_ROWS])
         prose = laid(place / "prose.jsonl", shipped_rows("hold_prose"))
         settings = ("training.learning_rate=1e-3", "training.epochs=2", "training.batch_size=4")
         former = (*settings, "training.kl_weight=0.5", "training.kl_rows=1", "training.guard=0.05")

@@ -23,14 +23,16 @@ class Margin:
         return self.share * abs(measure.base.value) if self.share else self.amount
 
 
-# By general part and measure. KL lies at 0.03 to 0.06 for notes held by KL while they were trained and at 0.23 for
-# one that was not (docs/evidence.md).
+# By general part and measure. KL of prose lies at 0.03 to 0.06 for notes held by KL while they were trained and at
+# 0.23 for one that was not (docs/evidence.md). Of chat (bench/off_task.py): a note that answers all with its label
+# lies 0.79 nats above the base at a KL of 0.75, begins no answer as the base does and gives one answer to all; held
+# as by default it lies at +0.010, 0.010, 76 of 100 and none. A small base's answers part early, at a small KL.
 GENERAL = {
     ("nats", "nats"): Margin(0.05),
     ("kl", "kl"): Margin(0.15),
     (CHAT, "nats"): Margin(0.05),
     (CHAT, "kl"): Margin(0.15),
-    (CHAT, "same_start"): Margin(20),
+    (CHAT, "same_start"): Margin(40),
     (CHAT, "alike"): Margin(5),
 }
 # Every other measure (choices, pairs, lm-eval's tasks, the target): by its unit. 0.05 nats are a factor of 1.05 in
