@@ -139,11 +139,19 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
         looked_at.append([row.value for row in prompts.rows])
     check_columns(options.slices, [target.values if target is not None else [], *looked_at])
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
+    documents = [{"text": text} for text in general.documents]
+    asked = [{"messages": messages} for messages in prompts.messages] if prompts is not None else []
+    questions = [row.value for found in general.sets.values() for row in found.rows]
+    contamination, said = contamination_of(
+        subject.card, target.items if target is not None else (), [*documents, *asked, *questions],
+        options.general.prompt,
+    )  # fmt: skip
     known = None if subject.base.merged else base  # with an adapter merged into it, it is not what its files say
     return Job(
-        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
+        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes, *said],
         Memory(known, fresh=options.fresh), Memory(known, of=subject.digest, fresh=options.fresh),
         tasks=_tasks(options), prompts=prompts, training=training,
+        contamination=contamination,
     )  # fmt: skip
 
 
@@ -255,12 +263,6 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
-    rows = [row.value for found in job.general.sets.values() for row in found.rows]
-    contamination, said = contamination_of(
-        subject.card, job.target.items if job.target is not None else (),
-        [*({"text": text} for text in job.general.documents), *rows], options.general.prompt,
-    )  # fmt: skip
-    job.notes += said
     fingerprint = base.base.fingerprint()
     card = ScoreCard(
         base={"source": fingerprint.source, "form": fingerprint.form},
@@ -272,7 +274,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         leakage=leakage_of(job),
         scope=options.scope,
         chat_template=bool(getattr(base.base.tokenizer, "chat_template", None)),
-        contamination=contamination,
+        contamination=job.contamination,
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},

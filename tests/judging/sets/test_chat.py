@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from byte_base import byte_base
-from postil.adapter import AdaptedModel, LoraConfig, attach
+from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import Base
 from postil.data import load_data
 from postil.engine import Engine, Request
@@ -164,3 +164,23 @@ def test_the_card_holds_the_part_and_the_scope(model: AdaptedModel) -> None:
     assert "--chat ROWS" in card.command
     with pytest.raises(JudgeError, match=r"general\.chat\.alik"):
         judge(model, "note", general=None, chat=PROMPTS, gate="general.chat.alik < 5")
+
+
+def test_prompts_that_were_trained_on_are_counted() -> None:
+    base = byte_base()
+    model = attach(base, LoraConfig(r=2), name="note")
+    learned = [{"prompt": f"{word}?", "completion": "NO"} for word in ("one", "two", "nine")]
+    adapter = train(model, load_data(learned, base), name="note", steps=1, kl_weight=0.0)
+    assert adapter is not None
+    detach(model)
+    answered = {"messages": [{"role": "user", "content": "nine?"}, {"role": "assistant", "content": "9"}]}
+    chats = [*PROMPTS, answered]
+    card = judge(base, adapter, general=None, chat=chats, options=JudgeOptions(resamples=100), keep=False)
+    assert card.contamination is not None
+    assert (card.contamination.general, card.contamination.general_rows) == (3, 6)
+    assert any("3 of 6 general rows were trained on" in note for note in card.notes)
+    adapter.card["seen"]["trained"] = 3
+    phases: list[Any] = []
+    with pytest.raises(JudgeError, match="`seen` cannot be read"):
+        judge(base, adapter, general=None, chat=chats, watch=phases.append, keep=False)
+    assert phases == []  # said before the work

@@ -35,6 +35,7 @@ class ChatPrompts:
 
     data: DataUsed
     rows: tuple[Row, ...]
+    messages: tuple[list[dict[str, Any]], ...]  # what each row asks
     ids: tuple[list[int], ...]
     notes: tuple[str, ...] = ()
 
@@ -62,7 +63,7 @@ def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
     shipped = isinstance(source, str) and source == SHIPPED
     rows = read_rows(shipped_rows("chat") if shipped else source)
     name = NAMES["chat"] if shipped else rows.name
-    kept, ids, long = list[Row](), list[list[int]](), list[int]()
+    kept, said, ids, long = list[Row](), list[list[dict[str, Any]]](), list[list[int]](), list[int]()
     for row in rows.rows:
         try:
             messages = conversation(row.value)
@@ -74,11 +75,12 @@ def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
             long.append(row.number)
             continue
         kept.append(row)
+        said.append(messages)
         ids.append(found)
     if not kept:
         raise DataError(f"{name}: no prompt fits the base's context of {base.context} tokens.")
     notes = [f"{name}: {len(long)} prompts are left out, too long (rows {listed(long, 5)})"] if long else []
-    return ChatPrompts(used(name, kept), tuple(kept), tuple(ids), tuple(notes))
+    return ChatPrompts(used(name, kept), tuple(kept), tuple(said), tuple(ids), tuple(notes))
 
 
 def ask(
