@@ -33,7 +33,7 @@ from postil.judging.probes.contamination import contamination_of
 from postil.judging.probes.probes import Probe, check_probes, leakage_probes
 from postil.judging.probes.probing import against_null, curve, leakage_of
 from postil.judging.probes.trivial import beside_baselines
-from postil.judging.sets.chat import MEASURES, chat_part, read_chat
+from postil.judging.sets.chat import MEASURES, SHORT, START, chat_part, read_chat
 from postil.judging.sets.examples import Training, read_training, recipe_file
 from postil.judging.sets.general import general_parts, read_general
 from postil.judging.sets.read import From
@@ -256,7 +256,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     )
     if chat is not None:
         found, theirs = chat
-        defined = _form(job) | {"chat_tokens": options.general.chat_tokens}
+        defined = _form(job) | {"chat_tokens": options.general.chat_tokens, "start": START, "short": SHORT}
         parts["chat"] = chat_part(
             found, theirs, chat_of(job, found), job.draw, options.slices, options.smallest_slice, defined
         )

@@ -100,6 +100,17 @@ def test_the_base_is_itself_and_an_untouched_adapter_changes_nothing(base: Base)
     assert mine["kl"][:, 0] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, START, SHORT - 4])
+def test_answers_that_are_cut_short_are_compared_as_long_as_they_are(base: Base, tokens: int) -> None:
+    """An adapter that changes nothing begins as the base does and is no more alike, however short answers are."""
+    model = attach(base, LoraConfig(r=4), name="new")
+    chat = asked(model, new_tokens=tokens)
+    assert max(len(answer.ids) for answer in chat.answers) == tokens
+    bare, mine = base_measures(chat, row_losses(model, chat.samples, None)), measure_chat(chat, model, "new")
+    for key in ("same_start", "alike"):
+        assert mine[key].tolist() == bare[key].tolist()
+
+
 def test_a_whole_model_is_compared_with_the_base_beside_it(model: AdaptedModel) -> None:
     other = attach(byte_base(seed=8))
     chat = asked(model)

@@ -47,6 +47,7 @@ class Chat:
     prompts: ChatPrompts
     answers: tuple[Answer, ...]
     samples: tuple[Sample, ...]
+    new_tokens: int  # that an answer has at most
 
 
 def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
@@ -90,7 +91,7 @@ def ask(
     answers = own_answers(model, prompts.ids, new_tokens=new_tokens, fresh=fresh, done=done)
     numbers = [row.number for row in prompts.rows]
     samples = answered_samples(prompts.ids, answers, model.base.tokenizer, numbers)
-    return Chat(prompts, tuple(answers), tuple(samples))
+    return Chat(prompts, tuple(answers), tuple(samples), new_tokens)
 
 
 def base_measures(chat: Chat, losses: Losses) -> Measured:
@@ -124,9 +125,10 @@ def measure_chat(
 
 
 def _starts(chat: Chat, model: AdaptedModel, adapter: Adapters, batch: int) -> list[tuple[int, ...]]:
-    """The first SHORT tokens of greedy answers, of a resident at its full weight or of the model itself."""
+    """The first SHORT tokens (or all that the base was let say) of greedy answers, of a resident at its full weight or of the model itself."""
     name = next(iter(weights_of(adapter)), None)
-    requests = [Request(ids=ids, adapter=name, max_new_tokens=SHORT) for ids in chat.prompts.ids]
+    short = min(SHORT, chat.new_tokens)  # as many as the base's are known by
+    requests = [Request(ids=ids, adapter=name, max_new_tokens=short) for ids in chat.prompts.ids]
     with Engine(model, max_batch=batch) as engine:
         return [answer.ids for answer in engine.run(requests)]
 
