@@ -195,3 +195,11 @@ def test_prompts_that_were_trained_on_are_counted() -> None:
     with pytest.raises(JudgeError, match="`seen` cannot be read"):
         judge(base, adapter, general=None, chat=chats, watch=phases.append, keep=False)
     assert phases == []  # said before the work
+
+
+def test_an_answer_that_breaks_off_is_none_to_compare() -> None:
+    model = attach(byte_base(), LoraConfig(r=4), name="note")
+    chat = asked(model)
+    model.resident("note").flat.fill_(3e38)
+    with pytest.raises(JudgeError, match=r"chat answers of what is judged: .*not finite"):
+        measure_chat(chat, model, "note")

@@ -13,8 +13,8 @@ from postil.data.rows import Row
 from postil.data.shipped import NAMES, SHIPPED, shipped_rows
 from postil.engine.engine import Engine
 from postil.engine.own_answers import answered_samples, chat_ids, conversation, own_answers
-from postil.engine.request import Answer, Request
-from postil.errors import DataError, listed
+from postil.engine.request import Answer, Request, unbroken
+from postil.errors import AnswerError, DataError, JudgeError, listed
 from postil.judging.asking.likelihoods import Adapters, Done, Losses, nats_and_kl, weights_of
 from postil.judging.card.build import NATS, Draw, Measured, hits, measured, part_of, slices_of, stats_of
 from postil.judging.card.model import DataUsed, Part
@@ -125,12 +125,17 @@ def measure_chat(
 
 
 def _starts(chat: Chat, model: AdaptedModel, adapter: Adapters, batch: int) -> list[tuple[int, ...]]:
-    """The first SHORT tokens (or all that the base was let say) of greedy answers, of a resident at its full weight or of the model itself."""
+    """The first SHORT tokens of greedy answers (fewer where the base was let say no more), of a resident at its full
+    weight or of the model itself. Raises JudgeError where one broke off: half an answer is none to compare."""
     name = next(iter(weights_of(adapter)), None)
-    short = min(SHORT, chat.new_tokens)  # as many as the base's are known by
+    short = min(SHORT, chat.new_tokens)
     requests = [Request(ids=ids, adapter=name, max_new_tokens=short) for ids in chat.prompts.ids]
     with Engine(model, max_batch=batch) as engine:
-        return [answer.ids for answer in engine.run(requests)]
+        found = engine.run(requests)
+    try:
+        return [answer.ids for answer in unbroken(found)]
+    except AnswerError as problem:
+        raise JudgeError(f"chat answers of what is judged: {problem}") from None
 
 
 def _alike(starts: Sequence[tuple[int, ...]]) -> list[bool]:
