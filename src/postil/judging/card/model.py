@@ -187,6 +187,11 @@ class Part(Settings):
             return "better"
         return "worse" if asked[0].shown == "worse" else "no evidence"
 
+    def told(self, measure: str) -> str:
+        """The verdict on a measure in words, that of the main one beside every rival."""
+        found = self.measures[measure]
+        return self.verdict if measure == self.main and found.told else found.told
+
 
 def _best(baselines: dict[str, Comparison]) -> tuple[str, Comparison] | None:
     sign = {"higher": 1, "lower": -1}
