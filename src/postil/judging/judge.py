@@ -24,6 +24,7 @@ from postil.judging.card.command import Sources, command_of
 from postil.judging.card.definition import source_of
 from postil.judging.card.model import Part, ScoreCard
 from postil.judging.gate.conditions import check_measures
+from postil.judging.gate.items import FLAGS
 from postil.judging.job import Job, Watch, answer_all, answered, base_chat, base_likelihoods, chat_of, own_likelihoods
 from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.metric import Metric
@@ -180,7 +181,7 @@ def _tasks(options: JudgeOptions) -> Tasks | None:
         raise JudgeError(
             "lm-eval's tasks need an extra that is not installed: pip install 'postil[lm-eval]'"
         ) from None
-    return open_tasks(options.lm_eval, options.seed)
+    return open_tasks(options.lm_eval, options.seed, FLAGS)
 
 
 def _of_tasks(job: Job) -> dict[str, Part]:
