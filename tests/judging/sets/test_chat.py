@@ -203,3 +203,19 @@ def test_an_answer_that_breaks_off_is_none_to_compare() -> None:
     model.resident("note").flat.fill_(3e38)
     with pytest.raises(JudgeError, match=r"chat answers of what is judged: .*not finite"):
         measure_chat(chat, model, "note")
+
+
+def test_how_many_tokens_are_looked_at_defines_the_measures(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def definition(**general: Any) -> str:
+        options = JudgeOptions.parse({"resamples": 100, "general": general})
+        card = judge(model, "note", general=None, chat=PROMPTS, options=options, keep=False)
+        return card.general["chat"].measures["alike"].definition
+
+    found = [definition(), definition(chat_tokens=20)]
+    for name in ("START", "SHORT"):
+        monkeypatch.setattr(f"postil.judging.judge.{name}", 5)
+        found.append(definition())
+    assert len(set(found)) == 4
+    assert found[0] == (monkeypatch.undo(), definition())[1]
