@@ -14,7 +14,7 @@ from postil.adapter import LoraConfig, attach
 from postil.base import load_base
 from postil.engine import Answer, Engine, Request
 from postil.engine.own_answers import answered_samples, chat_ids, conversation, own_answers
-from postil.errors import DataError
+from postil.errors import AnswerError, DataError
 
 ROWS = [{"prompt": "one?"}, {"messages": [{"role": "user", "content": "two, please"}]}, {"prompt": "3"}]
 
@@ -103,3 +103,12 @@ def test_a_prompt_that_the_template_refuses_is_named() -> None:
     base = byte_base(template="{{ raise_exception('no thanks') }}")
     with pytest.raises(DataError, match="no thanks"):
         chat_ids(conversation({"prompt": "a"}), 4, base.tokenizer)
+
+
+def test_a_base_that_breaks_off_has_no_answers() -> None:
+    base = byte_base()
+    model = attach(base)
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(AnswerError, match="not finite"):
+        own_answers(model, prompts(base.tokenizer), new_tokens=4)

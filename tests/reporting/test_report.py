@@ -91,10 +91,20 @@ def test_the_best_of_what_needs_no_learning_is_named() -> None:
     page = "".join(card_html(card(target=found)))
     assert "best of the baselines" in page
     assert "is not better than the best trivial baseline's, nearest_row" in sentence(card(target=found))
+    assert "<b>target</b>.bleu</td>" in page
+    assert '<span class="verdict">no evidence</span>' in page  # better than the base, and not than every rival
+    assert '<span class="verdict">better</span>' not in page.split("<b>target</b>.nats")[0]
     better = part.model_copy(update={"baselines": {"copy_prompt": beside["copy_prompt"]}})
     assert sentence(card(target=better)).startswith("Better on the target: bleu ")
     assert ", and than copy prompt (20.0)" in sentence(card(target=better))
     assert "the adapter is better (+40.7, +40.7 to +40.8)" in baseline_line(better)
+
+
+def test_the_scope_is_in_the_sentence() -> None:
+    assert "scope" not in sentence(card())
+    assert sentence(card(scope="task")).endswith(
+        "; for its own task alone, so that no damage to chat counts (scope task)."
+    )
 
 
 def made(place: Path, note: Adapter, *, rate: float = 1e-3, judged: ScoreCard | None = None, log: int = 30) -> Path:

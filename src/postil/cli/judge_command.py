@@ -185,10 +185,11 @@ def _print(card: ScoreCard) -> None:
     for path, part in parts.items():
         for name, measure in part.measures.items():
             shown = path if name == part.main and path != "target" else f"{path}.{name}"
-            table.append([shown, *_cells(measure, part, name, few, spread, most_of(path, part, name))])
+            most, told = most_of(path, part, name), part.told(name)
+            table.append([shown, *_cells(measure, part, name, told, few, spread, most)])
         for shown, measure in _worst_slices(path, part):
             most = bound(path.removeprefix("general."), part.main, measure, sliced=True)
-            table.append([shown, *_cells(measure, part, "", few, spread, most)])
+            table.append([shown, *_cells(measure, part, "", measure.told, few, spread, most)])
     for row in _aligned(table):
         console.out.print(row, soft_wrap=True)
     for line in [*_lines(card), *card.notes]:
@@ -209,7 +210,7 @@ def _aligned(table: list[list[str]]) -> Iterator[Text]:
         yield line
 
 
-def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool, most: str) -> list[str]:
+def _cells(m: Comparison, part: Part, name: str, told: str, few: bool, spread: bool, most: str) -> list[str]:
     digits = 1 if m.unit in ("%", "points") else 4
     shot = part.few_shot.get(name)
     return [
@@ -217,7 +218,7 @@ def _cells(m: Comparison, part: Part, name: str, few: bool, spread: bool, most: 
         *([f"{shot.value:.{digits}f}" if shot is not None else ""] if few else []),
         f"{m.adapter.value:.{digits}f}",
         f"{m.difference.value:+.{digits}f} ({m.difference.low:+.{digits}f} to {m.difference.high:+.{digits}f})",
-        m.told,
+        told,
         most,
         "too few rows" if m.too_few else f"{m.detectable:.{digits}f} {m.unit}",
         *([f"{m.z:+.1f}" if m.z is not None else ""] if spread else []),

@@ -18,6 +18,7 @@ from postil.errors import AnswerError, JudgeError
 from postil.judging.asking.likelihoods import Adapters, row_losses
 from postil.judging.asking.predictions import answer_line
 from postil.judging.card.build import NATS, Draw, Measured, stats_of
+from postil.judging.card.model import Contamination
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import JudgeOptions
 from postil.judging.probes.probes import Probe
@@ -53,6 +54,7 @@ class Job:
     tasks: Tasks | None = None  # of lm-eval
     prompts: ChatPrompts | None = None
     training: Training | None = None  # what baselines know
+    contamination: Contamination | None = None
     answers: dict[str, list[Answer]] = field(default_factory=dict)  # "base", "adapter", "few-shot"
 
     @property

@@ -24,6 +24,7 @@ from postil.judging.card.command import Sources, command_of
 from postil.judging.card.definition import source_of
 from postil.judging.card.model import Part, ScoreCard
 from postil.judging.gate.conditions import check_measures
+from postil.judging.gate.items import FLAGS
 from postil.judging.job import Job, Watch, answer_all, answered, base_chat, base_likelihoods, chat_of, own_likelihoods
 from postil.judging.metrics import default_metric, metric_named
 from postil.judging.metrics.metric import Metric
@@ -33,7 +34,7 @@ from postil.judging.probes.contamination import contamination_of
 from postil.judging.probes.probes import Probe, check_probes, leakage_probes
 from postil.judging.probes.probing import against_null, curve, leakage_of
 from postil.judging.probes.trivial import beside_baselines
-from postil.judging.sets.chat import MEASURES, chat_part, read_chat
+from postil.judging.sets.chat import MEASURES, SHORT, START, chat_part, read_chat
 from postil.judging.sets.examples import Training, read_training, recipe_file
 from postil.judging.sets.general import general_parts, read_general
 from postil.judging.sets.read import From
@@ -139,11 +140,19 @@ def _prepared(subject: Subject, options: JudgeOptions, sources: Sources, watch: 
         looked_at.append([row.value for row in prompts.rows])
     check_columns(options.slices, [target.values if target is not None else [], *looked_at])
     probes, held_out = _probes(subject, options, sources.leaks, rows, target)
+    documents = [{"text": text} for text in general.documents]
+    asked = [{"messages": messages} for messages in prompts.messages] if prompts is not None else []
+    questions = [row.value for found in general.sets.values() for row in found.rows]
+    contamination, said = contamination_of(
+        subject.card, target.items if target is not None else (), [*documents, *asked, *questions],
+        options.general.prompt,
+    )  # fmt: skip
     known = None if subject.base.merged else base  # with an adapter merged into it, it is not what its files say
     return Job(
-        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes],
+        subject, options, general, target, metrics, probes, held_out, few, watch, [*notes, *general.notes, *said],
         Memory(known, fresh=options.fresh), Memory(known, of=subject.digest, fresh=options.fresh),
         tasks=_tasks(options), prompts=prompts, training=training,
+        contamination=contamination,
     )  # fmt: skip
 
 
@@ -172,7 +181,7 @@ def _tasks(options: JudgeOptions) -> Tasks | None:
         raise JudgeError(
             "lm-eval's tasks need an extra that is not installed: pip install 'postil[lm-eval]'"
         ) from None
-    return open_tasks(options.lm_eval, options.seed)
+    return open_tasks(options.lm_eval, options.seed, FLAGS)
 
 
 def _of_tasks(job: Job) -> dict[str, Part]:
@@ -248,19 +257,13 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
     )
     if chat is not None:
         found, theirs = chat
-        defined = _form(job) | {"chat_tokens": options.general.chat_tokens}
+        defined = _form(job) | {"chat_tokens": options.general.chat_tokens, "start": START, "short": SHORT}
         parts["chat"] = chat_part(
             found, theirs, chat_of(job, found), job.draw, options.slices, options.smallest_slice, defined
         )
     parts |= _of_tasks(job)
     if options.null:
         part, parts = against_null(job, part, parts, bare, mine, measured.get("base", {}))
-    rows = [row.value for found in job.general.sets.values() for row in found.rows]
-    contamination, said = contamination_of(
-        subject.card, job.target.items if job.target is not None else (),
-        [*({"text": text} for text in job.general.documents), *rows], options.general.prompt,
-    )  # fmt: skip
-    job.notes += said
     fingerprint = base.base.fingerprint()
     card = ScoreCard(
         base={"source": fingerprint.source, "form": fingerprint.form},
@@ -272,7 +275,7 @@ def _judged(job: Job, command: str, predictions: str | Path | None) -> ScoreCard
         leakage=leakage_of(job),
         scope=options.scope,
         chat_template=bool(getattr(base.base.tokenizer, "chat_template", None)),
-        contamination=contamination,
+        contamination=job.contamination,
         command=command,
         seed=options.seed,
         versions={name: version(name) for name in VERSIONS},

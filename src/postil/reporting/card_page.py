@@ -24,11 +24,13 @@ def card_html(card: ScoreCard) -> Iterator[str]:
     for path, part in parts.items():
         for name, measure in part.measures.items():
             shown = f"<b>{escape(path)}</b>.{escape(name)}"
-            rows.append(_row(shown, measure, part.few_shot.get(name), most_of(path, part, name)))
+            told, most = part.told(name), most_of(path, part, name)
+            rows.append(_row(shown, measure, told, part.few_shot.get(name), most))
     yield table(HEAD, rows, NUMERIC)
     yield (
         '<p class="asked">Intervals of the difference, adapter less base, by a paired bootstrap over rows; a verdict '
-        "is given only where the interval leaves out zero. Allowed: what the gate lets a measure lose, by the "
+        "is given only where the interval leaves out zero, and the target's main measure is better only where it is "
+        "better than every baseline too. Allowed: what the gate lets a measure lose, by the "
         "interval's harmful end. Visible from: the smallest difference that so many rows would have shown with 80% "
         "power.</p>"
     )
@@ -77,11 +79,11 @@ def baseline_line(part: Part) -> str:
     )
 
 
-def _row(name: str, found: Comparison, few: Estimate | None, most: str) -> list[str]:
+def _row(name: str, found: Comparison, told: str, few: Estimate | None, most: str) -> list[str]:
     gap = found.difference
     reach = 1.25 * max(abs(gap.low), abs(gap.high), found.detectable)
     spread = f"; z {found.z:+.1f}" if found.z is not None else ""
-    style = " worse" if found.told == "worse" else ""
+    style = " worse" if told == "worse" else ""
     return [
         name,
         number(found.base.value, found),
@@ -89,7 +91,7 @@ def _row(name: str, found: Comparison, few: Estimate | None, most: str) -> list[
         number(found.adapter.value, found),
         f"{number(gap.value, found, '+')} ({number(gap.low, found, '+')} to {number(gap.high, found, '+')})",
         interval(gap.low, gap.value, gap.high, reach, up=found.better == "higher"),
-        f'<span class="verdict{style}">{found.told}</span>{spread}',
+        f'<span class="verdict{style}">{told}</span>{spread}',
         escape(most),
         "too few rows" if found.too_few else f"{number(found.detectable, found)} {escape(found.unit)}",
         f"{found.rows:,}",
@@ -100,7 +102,7 @@ def _slices(path: str, part: Part) -> Iterator[str]:
     for column, values in part.slices.items():
         where = path.removeprefix("general.")
         rows = [
-            _row(escape(value), found, None, bound(where, part.main, found, sliced=True))
+            _row(escape(value), found, found.told, None, bound(where, part.main, found, sliced=True))
             for value, measures in values.items()
             if (found := measures.get(part.main)) is not None
         ]

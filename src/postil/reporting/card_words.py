@@ -12,7 +12,7 @@ ALWAYS = ("nats", "chat", "choices", "pairs")  # general parts that the sentence
 
 
 def sentence(card: ScoreCard) -> str:
-    """The target's verdict, beside the base's and every rival's, and each general part's beside its bound."""
+    """The target's verdict, beside every rival, each general part's beside its bound, and the scope."""
     told = [_target(card.target)] if card.target is not None else []
     for path, name, part in sides(card):
         if name in ("target", "kl"):
@@ -22,6 +22,8 @@ def sentence(card: ScoreCard) -> str:
             main = measure == part.main
             if (main and name in ALWAYS) or not within(name, measure, found):
                 told.append(_general(path if main else f"{path}.{measure}", name, measure, found))
+    if card.scope == "task":
+        told.append("for its own task alone, so that no damage to chat counts (scope task)")
     text = "; ".join(told)
     return f"{text[0].upper()}{text[1:]}." if text else "Nothing was measured."
 

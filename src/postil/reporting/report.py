@@ -9,7 +9,7 @@ from typing import Any
 
 from postil.errors import JudgeError
 from postil.files import write_text
-from postil.judging.card.model import Comparison
+from postil.judging.card.model import Part
 from postil.reporting.card_page import card_html
 from postil.reporting.card_words import number, sentence
 from postil.reporting.curves import Line, chart, legend, smooth
@@ -142,12 +142,13 @@ def _sweep(found: Sequence[Reported]) -> Iterator[str]:
             if len({one.facts.get(key) for one in found}) > 1]  # fmt: skip
     rows, points = [], []
     for one in found:
-        target, general = _main(one, "target"), _main(one, "general")
+        target, general = (_part(one, which) for which in ("target", "general"))
         rows.append([
             escape(one.name), *(escape(one.facts.get(key, "")) for key in keys), *_cells(target), *_cells(general)
         ])  # fmt: skip
         if target is not None and general is not None:
-            points.append((general.difference.value, target.adapter.value))
+            gap = general.measures[general.main].difference.value
+            points.append((gap, target.measures[target.main].adapter.value))
     count = len(keys)
     head = ("run", *keys, "target", "verdict", "general", "verdict")
     yield table(head, rows, (count + 1, count + 3))
@@ -158,15 +159,15 @@ def _sweep(found: Sequence[Reported]) -> Iterator[str]:
         yield f'<div class="row">{figure(svg, caption)}</div>'
 
 
-def _main(one: Reported, which: str) -> Comparison | None:
+def _part(one: Reported, which: str) -> Part | None:
     if one.card is None:
         return None
-    part = one.card.target if which == "target" else one.card.general.get("nats")
-    return part.measures[part.main] if part is not None else None
+    return one.card.target if which == "target" else one.card.general.get("nats")
 
 
-def _cells(found: Comparison | None) -> list[str]:
-    if found is None:
+def _cells(part: Part | None) -> list[str]:
+    if part is None:
         return ["", "not judged"]
+    found = part.measures[part.main]
     gap = number(found.difference.value, found, "+")
-    return [f"{number(found.adapter.value, found)} ({gap})", f'<span class="verdict">{found.verdict}</span>']
+    return [f"{number(found.adapter.value, found)} ({gap})", f'<span class="verdict">{part.told(part.main)}</span>']

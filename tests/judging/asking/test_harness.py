@@ -346,3 +346,13 @@ def test_without_the_extra_the_mend_is_told(base: Base, note: Adapter, monkeypat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(JudgeError, match=r"pip install 'postil\[lm-eval\]'"):
         judge(base, note, general=None, options=options("arc_easy"), keep=False)
+
+
+@pytest.mark.parametrize("names", [("chat",), ("nats",), ("a.b", "a_b")])
+def test_a_task_takes_no_other_parts_place(
+    names: tuple[str, ...], base: Base, note: Adapter, task: Callable[..., str]
+) -> None:
+    kinds = ("choice", "word")
+    files = [task(kind, task=name) for kind, name in zip(kinds, names, strict=False)]
+    with pytest.raises(JudgeError, match=rf"the task '{names[-1]}' would stand in the card as general\."):
+        judge(base, note, general=None, options=options(*files), keep=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,26 @@ def test_slices_are_held_against_live_on_the_same_rows_alone() -> None:
     result = check(now, "slices.accuracy > live - 99", live=elsewhere)
     assert not result.passed
     assert "was judged on other rows (test.jsonl) than the version in service" in result.sentence
+
+
+def test_small_values_pooled_otherwise_are_other_rows() -> None:
+    """Also where no row's values are kept, as of any measure but the main one."""
+    rows = [{"group": "abcd"[n // 15] if n < 45 else f"rare{n}"} for n in range(60)]
+    used = DataUsed(name="test.jsonl", sha256="rows-a", rows=60)
+
+    def pooled(smallest: int) -> ScoreCard:
+        slices, _ = slices_of(rows, ["group"], smallest)
+        found = {"accuracy": hits([True] * 60), "other": hits([True] * 60)}
+        metrics = {name: replace(ACCURACY, name=name) for name in found}
+        part = part_of(used, "accuracy", metrics, found, found, Draw(), slices=slices, defined={"form": "fp32"})
+        return changed(card(), target=part)
+
+    for measure in ("accuracy", "other"):
+        expression = f"slices.{measure} > live - 50"
+        assert check(pooled(10), expression, live=pooled(10)).passed
+        result = check(pooled(16), expression, live=pooled(10))
+        assert not result.passed
+        assert "pools other values than that of the version in service (60 rows, and 15 live)" in result.sentence
 
 
 def test_a_general_part_on_other_rows_is_not_compared_either() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from cards import card, changed, comparison
 from postil.errors import JudgeError
-from postil.judging.card.model import Estimate
+from postil.judging.card.model import Contamination, Estimate
 from postil.judging.gate.expression import And, Node, Not, Or, parse
 from postil.judging.gate.gate import DEFAULT, MEASURED, check, refusal
 
@@ -256,3 +256,13 @@ def test_a_measure_that_counted_no_row_is_refused() -> None:
     target = given.target.model_copy(update={"measures": given.target.measures | {"refusals": idle}})
     result = check(given.model_copy(update={"target": target}), "target.refusals is not worse and general.nats < 9")
     assert not result.passed
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [f" {DEFAULT}", DEFAULT.replace(" ", "  "), f"({DEFAULT})", "(target is better) and general is kept"],
+)
+def test_the_default_gate_is_itself_however_it_is_written(expression: str) -> None:
+    known = changed(card(), contamination=Contamination(target=9, target_rows=9, general=0, general_rows=9))
+    assert check(known, expression) == check(known)
+    assert not check(known, expression).passed

@@ -206,3 +206,10 @@ def test_a_row_of_no_digests_is_not_looked_up() -> None:
     found, _ = contamination_of(card(pairs(0, 2)), (), [{"messages": [{"role": "system", "content": "Be kind."}]}])
     assert found is not None
     assert found.general_rows == 0
+
+
+def test_blank_documents_say_nothing_and_are_not_among_what_could_not_be_looked_up() -> None:
+    found, notes = contamination_of(card([{"text": "A line."}]), (), [{"text": " \n"}, {"text": "A line."}])
+    assert found is not None
+    assert (found.general, found.general_rows) == (1, 1)
+    assert not any("could not be looked up" in note for note in notes)

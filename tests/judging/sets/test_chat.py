@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from byte_base import byte_base
-from postil.adapter import AdaptedModel, LoraConfig, attach
+from postil.adapter import AdaptedModel, LoraConfig, attach, detach
 from postil.base import Base
 from postil.data import load_data
 from postil.engine import Engine, Request
@@ -100,6 +100,17 @@ def test_the_base_is_itself_and_an_untouched_adapter_changes_nothing(base: Base)
     assert mine["kl"][:, 0] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, START, SHORT - 4])
+def test_answers_that_are_cut_short_are_compared_as_long_as_they_are(base: Base, tokens: int) -> None:
+    """An adapter that changes nothing begins as the base does and is no more alike, however short answers are."""
+    model = attach(base, LoraConfig(r=4), name="new")
+    chat = asked(model, new_tokens=tokens)
+    assert max(len(answer.ids) for answer in chat.answers) == tokens
+    bare, mine = base_measures(chat, row_losses(model, chat.samples, None)), measure_chat(chat, model, "new")
+    for key in ("same_start", "alike"):
+        assert mine[key].tolist() == bare[key].tolist()
+
+
 def test_a_whole_model_is_compared_with_the_base_beside_it(model: AdaptedModel) -> None:
     other = attach(byte_base(seed=8))
     chat = asked(model)
@@ -164,3 +175,47 @@ def test_the_card_holds_the_part_and_the_scope(model: AdaptedModel) -> None:
     assert "--chat ROWS" in card.command
     with pytest.raises(JudgeError, match=r"general\.chat\.alik"):
         judge(model, "note", general=None, chat=PROMPTS, gate="general.chat.alik < 5")
+
+
+def test_prompts_that_were_trained_on_are_counted() -> None:
+    base = byte_base()
+    model = attach(base, LoraConfig(r=2), name="note")
+    learned = [{"prompt": f"{word}?", "completion": "NO"} for word in ("one", "two", "nine")]
+    adapter = train(model, load_data(learned, base), name="note", steps=1, kl_weight=0.0)
+    assert adapter is not None
+    detach(model)
+    answered = {"messages": [{"role": "user", "content": "nine?"}, {"role": "assistant", "content": "9"}]}
+    chats = [*PROMPTS, answered]
+    card = judge(base, adapter, general=None, chat=chats, options=JudgeOptions(resamples=100), keep=False)
+    assert card.contamination is not None
+    assert (card.contamination.general, card.contamination.general_rows) == (3, 6)
+    assert any("3 of 6 general rows were trained on" in note for note in card.notes)
+    adapter.card["seen"]["trained"] = 3
+    phases: list[Any] = []
+    with pytest.raises(JudgeError, match="`seen` cannot be read"):
+        judge(base, adapter, general=None, chat=chats, watch=phases.append, keep=False)
+    assert phases == []  # said before the work
+
+
+def test_an_answer_that_breaks_off_is_none_to_compare() -> None:
+    model = attach(byte_base(), LoraConfig(r=4), name="note")
+    chat = asked(model)
+    model.resident("note").flat.fill_(3e38)
+    with pytest.raises(JudgeError, match=r"chat answers of what is judged: .*not finite"):
+        measure_chat(chat, model, "note")
+
+
+def test_how_many_tokens_are_looked_at_defines_the_measures(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def definition(**general: Any) -> str:
+        options = JudgeOptions.parse({"resamples": 100, "general": general})
+        card = judge(model, "note", general=None, chat=PROMPTS, options=options, keep=False)
+        return card.general["chat"].measures["alike"].definition
+
+    found = [definition(), definition(chat_tokens=20)]
+    for name in ("START", "SHORT"):
+        monkeypatch.setattr(f"postil.judging.judge.{name}", 5)
+        found.append(definition())
+    assert len(set(found)) == 4
+    assert found[0] == (monkeypatch.undo(), definition())[1]

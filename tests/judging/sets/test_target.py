@@ -220,6 +220,8 @@ def test_where_nobody_says_how_many_there_are_four_or_all_there_are(base: Base) 
         rows = [{"prompt": f"t{n}", "completion": "c"} for n in range(count)] + PAIRS
         found = few_shot(target, training(rows, target), base, None, seed=0)
         assert found.shots == shots
+        assert len(found.ids) == (len(target.items) if shots else 0)  # nothing is asked again without examples
+        assert bool(found.notes) is (not shots)
         assert all(base.tokenizer.decode(ids).count("\nc\n\n") == shots for ids in found.ids)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -173,8 +173,9 @@ class Tasks:
         return list(self.loaded["tasks"])
 
 
-def open_tasks(options: HarnessOptions, seed: int) -> Tasks:
-    """lm-eval's tasks and groups by name, and a user's own as YAML files. Raises JudgeError naming the task."""
+def open_tasks(options: HarnessOptions, seed: int, taken: Iterable[str] = ()) -> Tasks:
+    """lm-eval's tasks and groups by name, and a user's own as YAML files. taken: the names of the card's other
+    parts. Raises JudgeError naming the task."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = all(Path(name).suffix in _YAML for name in options.tasks)
     manager = TaskManager(include_defaults=not files)  # reading what is known of thousands of tasks takes seconds
@@ -190,12 +191,30 @@ def open_tasks(options: HarnessOptions, seed: int) -> Tasks:
         else:
             raise JudgeError(f"lm_eval.tasks: lm-eval has no task {name!r}{nearest(name, manager.all_tasks)}")
     loaded: dict[str, Any] = _told(listed(list(options.tasks)), lambda: manager.load(specs))
+    _check_names(loaded["tasks"], taken)
     for task in loaded["tasks"].values():
         if options.shots is not None:
             task.set_config(key="num_fewshot", value=options.shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return Tasks(loaded, options, seed)
+
+
+def shown_as(task: str) -> str:
+    """A task's name as a part of the card's: a dot divides a gate's paths."""
+    return task.replace(".", "_")
+
+
+def _check_names(tasks: Iterable[str], taken: Iterable[str]) -> None:
+    """Raise JudgeError for a task that would take the place of another part of the card."""
+    known = dict.fromkeys(taken, "a general part")
+    for name in tasks:
+        if (shown := shown_as(name)) in known:
+            raise JudgeError(
+                f"lm_eval.tasks: the task {name!r} would stand in the card as general.{shown}, which is "
+                f"{known[shown]} already; give it another name in its YAML"
+            )
+        known[shown] = f"the task {name!r}"
 
 
 def _told(what: str, run: Callable[[], Any]) -> Any:
@@ -228,7 +247,7 @@ def harness_parts(
     sides = [_asked(tasks, model) for model in (base, judged)]
     parts = {}
     for name, task in tasks.loaded["tasks"].items():
-        shown = name.replace(".", "_")  # a dot divides a gate's paths
+        shown = shown_as(name)
         bare, mine = (_by_measure(side["samples"][name]) for side in sides)
         metrics: dict[str, Metric] = {}
         base_found, judged_found = dict[str, Statistics](), dict[str, Statistics]()

@@ -12,6 +12,7 @@ from postil.settings import Settings
 
 Verdict = Literal["better", "no evidence", "worse"]
 Better = Literal["higher", "lower"]
+FEW_SHOT = "few_shot"  # the baseline that is the base with examples before each question
 _ROUNDING = 1e-6  # of the values at hand: what a sum of many rows loses
 
 
@@ -170,20 +171,26 @@ class Part(Settings):
         """The baseline that is best by the main measure, few-shot among them, and the adapter beside it."""
         return _best({name: found[self.main] for name, found in self.baselines.items() if self.main in found})
 
+    def best_trivial(self, measure: str) -> tuple[str, Comparison] | None:
+        """The best by a measure of the answers that need no learning, and the adapter beside it."""
+        found = {name: one[measure] for name, one in self.baselines.items() if name != FEW_SHOT and measure in one}
+        return _best(found)
+
     @property
     def verdict(self) -> Verdict:
         """What the main measure's intervals say: better only where it is better than the base, than the base with
         examples, and than the best of the other baselines; worse where it is worse than the base."""
-        beside = {name: found[self.main] for name, found in self.baselines.items() if self.main in found}
-        few, best = beside.pop("few_shot", None), _best(beside)
-        asked = [
-            self.measures[self.main],
-            *([few] if few is not None else []),
-            *([best[1]] if best is not None else []),
-        ]
+        few, best = self.baselines.get(FEW_SHOT, {}).get(self.main), self.best_trivial(self.main)
+        rivals = (few, best[1] if best is not None else None)
+        asked = [self.measures[self.main], *(one for one in rivals if one is not None)]
         if all(one.shown == "better" for one in asked):
             return "better"
         return "worse" if asked[0].shown == "worse" else "no evidence"
+
+    def told(self, measure: str) -> str:
+        """The verdict on a measure in words, that of the main one beside every rival."""
+        found = self.measures[measure]
+        return self.verdict if measure == self.main and found.told else found.told
 
 
 def _best(baselines: dict[str, Comparison]) -> tuple[str, Comparison] | None:

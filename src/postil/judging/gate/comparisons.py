@@ -9,7 +9,7 @@ import numpy as np
 
 from postil.errors import JudgeError
 from postil.judging.bootstrap import compare
-from postil.judging.card.build import measured, stats_of
+from postil.judging.card.build import OTHERS, measured, stats_of
 from postil.judging.card.model import Comparison, Estimate, ScoreCard
 from postil.judging.card.row_values import unpacked
 from postil.judging.gate.expression import Compare
@@ -106,6 +106,11 @@ def in_service(item: Item, card: ScoreCard, live: ScoreCard) -> Comparison:
         raise NoAnswer(
             f"{item.label} was judged on other rows ({item.part.data.name}) than the version in service "
             f"({theirs.name}), so they cannot be compared; {AGAIN}"
+        )
+    if item.slice.endswith(f"={OTHERS}") and found.rows != item.measure.rows:
+        raise NoAnswer(
+            f"{item.label} pools other values than that of the version in service ({item.measure.rows:,} rows, and "
+            f"{found.rows:,} live), so they cannot be compared; {AGAIN}"
         )
     if found.definition != item.measure.definition or found.better != item.measure.better:
         raise NoAnswer(

@@ -73,7 +73,7 @@ def check(card: ScoreCard, expression: str = DEFAULT, live: ScoreCard | None = N
     expression that cannot be read or names a measure that no card has.
     """
     tree = parse(expression)
-    if expression == DEFAULT:
+    if tree == parse(DEFAULT):  # however it is written
         tree = And((*_parts(tree), *map(parse, _measured(card))))
     whole = _expanded(tree, card)
     answers: dict[Leaf, Condition] = {}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-from postil.judging.card.model import Comparison, Estimate, rows_needed
+from postil.judging.card.model import FEW_SHOT, Comparison, Estimate, rows_needed
 from postil.judging.gate.expression import Judged
 from postil.judging.gate.items import Condition, Item, NoAnswer, check_finite, check_interval, ends, two, with_unit
 from postil.judging.gate.margins import CHAT, allowed, bound, too_little, within
-
-FEW_SHOT = "few_shot"
 
 
 def judged(leaf: Judged, item: Item) -> Condition:
@@ -36,15 +34,7 @@ def apart(one: Estimate, other: Estimate) -> Estimate:
 
 def best_trivial(item: Item) -> tuple[str, Comparison] | None:
     """The best of the answers that need no learning, by name, with the adapter beside it."""
-    found = {
-        name: measures[item.name]
-        for name, measures in item.part.baselines.items()
-        if name != FEW_SHOT and item.name in measures
-    }
-    if item.where != "target" or item.slice or not found:
-        return None
-    sign = 1 if item.measure.better == "higher" else -1
-    return max(found.items(), key=lambda one: sign * one[1].base.value)
+    return None if item.where != "target" or item.slice else item.part.best_trivial(item.name)
 
 
 def few_shot(item: Item) -> Comparison | Estimate | None:

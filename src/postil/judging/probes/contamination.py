@@ -46,10 +46,12 @@ def contamination_of(
         target_answers=sum(any(one in trained["answers"] for one in digests.answers) for digests in checked),
         target_held_out=sum(held),
     )
-    return found, _notes(found, len(questions) + len(rows), bool(told.get("complete")))
+    asked = sum(any(one) for one in (*questions, *rows))
+    return found, _notes(found, asked, bool(told.get("complete")))
 
 
 def _notes(found: Contamination, rows: int, complete: bool) -> list[str]:
+    """rows: how many there are that ask or say something."""
     notes = []
     if not complete:
         notes.append(
@@ -106,9 +108,9 @@ def _of_row(row: Mapping[str, Any], prompt: str) -> RowDigests:
     if isinstance(row.get("context"), str) and isinstance(choices, list):
         asked = (row["context"], prompt.replace("{context}", row["context"]))
         return _joined(row_digests(Pair(text, str(choice), "")) for text in asked for choice in choices)
-    for good in ("good", "sentence_good"):
+    for good in ("text", "good", "sentence_good"):
         if isinstance(row.get(good), str):
-            return row_digests(Text(row[good]))
+            return row_digests(Text(row[good])) if row[good].strip() else RowDigests()
     try:
         if "messages" in row:
             messages = check_messages(row["messages"])

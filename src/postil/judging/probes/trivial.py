@@ -14,14 +14,13 @@ from postil.data.formats import Chat, Pair, Text
 from postil.errors import JudgeError
 from postil.judging.bootstrap import compare
 from postil.judging.card.build import Draw, Measured
-from postil.judging.card.model import Comparison
+from postil.judging.card.model import FEW_SHOT, Comparison
 from postil.judging.metrics import METRICS
 from postil.judging.metrics.metric import Metric, Row, Statistics, mean_of
 from postil.judging.probes.choices import own_options
 from postil.judging.sets.examples import Training
 from postil.judging.sets.target import Item, Target
 
-FEW_SHOT = "few_shot"
 Baselines = dict[str, dict[str, Comparison]]  # by name and measure; a Comparison's `base` is the baseline's
 
 

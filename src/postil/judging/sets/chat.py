@@ -13,8 +13,8 @@ from postil.data.rows import Row
 from postil.data.shipped import NAMES, SHIPPED, shipped_rows
 from postil.engine.engine import Engine
 from postil.engine.own_answers import answered_samples, chat_ids, conversation, own_answers
-from postil.engine.request import Answer, Request
-from postil.errors import DataError, listed
+from postil.engine.request import Answer, Request, unbroken
+from postil.errors import AnswerError, DataError, JudgeError, listed
 from postil.judging.asking.likelihoods import Adapters, Done, Losses, nats_and_kl, weights_of
 from postil.judging.card.build import NATS, Draw, Measured, hits, measured, part_of, slices_of, stats_of
 from postil.judging.card.model import DataUsed, Part
@@ -35,6 +35,7 @@ class ChatPrompts:
 
     data: DataUsed
     rows: tuple[Row, ...]
+    messages: tuple[list[dict[str, Any]], ...]  # what each row asks
     ids: tuple[list[int], ...]
     notes: tuple[str, ...] = ()
 
@@ -46,6 +47,7 @@ class Chat:
     prompts: ChatPrompts
     answers: tuple[Answer, ...]
     samples: tuple[Sample, ...]
+    new_tokens: int  # that an answer has at most
 
 
 def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
@@ -62,7 +64,7 @@ def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
     shipped = isinstance(source, str) and source == SHIPPED
     rows = read_rows(shipped_rows("chat") if shipped else source)
     name = NAMES["chat"] if shipped else rows.name
-    kept, ids, long = list[Row](), list[list[int]](), list[int]()
+    kept, said, ids, long = list[Row](), list[list[dict[str, Any]]](), list[list[int]](), list[int]()
     for row in rows.rows:
         try:
             messages = conversation(row.value)
@@ -74,11 +76,12 @@ def read_chat(source: From, base: Base, new_tokens: int) -> ChatPrompts | None:
             long.append(row.number)
             continue
         kept.append(row)
+        said.append(messages)
         ids.append(found)
     if not kept:
         raise DataError(f"{name}: no prompt fits the base's context of {base.context} tokens.")
     notes = [f"{name}: {len(long)} prompts are left out, too long (rows {listed(long, 5)})"] if long else []
-    return ChatPrompts(used(name, kept), tuple(kept), tuple(ids), tuple(notes))
+    return ChatPrompts(used(name, kept), tuple(kept), tuple(said), tuple(ids), tuple(notes))
 
 
 def ask(
@@ -88,7 +91,7 @@ def ask(
     answers = own_answers(model, prompts.ids, new_tokens=new_tokens, fresh=fresh, done=done)
     numbers = [row.number for row in prompts.rows]
     samples = answered_samples(prompts.ids, answers, model.base.tokenizer, numbers)
-    return Chat(prompts, tuple(answers), tuple(samples))
+    return Chat(prompts, tuple(answers), tuple(samples), new_tokens)
 
 
 def base_measures(chat: Chat, losses: Losses) -> Measured:
@@ -122,11 +125,17 @@ def measure_chat(
 
 
 def _starts(chat: Chat, model: AdaptedModel, adapter: Adapters, batch: int) -> list[tuple[int, ...]]:
-    """The first SHORT tokens of greedy answers, of a resident at its full weight or of the model itself."""
+    """The first SHORT tokens of greedy answers (fewer where the base was let say no more), of a resident at its full
+    weight or of the model itself. Raises JudgeError where one broke off: half an answer is none to compare."""
     name = next(iter(weights_of(adapter)), None)
-    requests = [Request(ids=ids, adapter=name, max_new_tokens=SHORT) for ids in chat.prompts.ids]
+    short = min(SHORT, chat.new_tokens)
+    requests = [Request(ids=ids, adapter=name, max_new_tokens=short) for ids in chat.prompts.ids]
     with Engine(model, max_batch=batch) as engine:
-        return [answer.ids for answer in engine.run(requests)]
+        found = engine.run(requests)
+    try:
+        return [answer.ids for answer in unbroken(found)]
+    except AnswerError as problem:
+        raise JudgeError(f"chat answers of what is judged: {problem}") from None
 
 
 def _alike(starts: Sequence[tuple[int, ...]]) -> list[bool]:

@@ -229,6 +229,9 @@ def few_shot(target: Target, training: Training, base: Base, shots: int | None, 
             f"{training.name} has {len(free)} rows that the target does not ask itself; --shots {shots} needs as many"
         )
     count = min(SHOTS, len(free)) if shots is None else shots
+    if not count:
+        said = f"few-shot: {training.name} has no row that the target does not ask itself, so no example is shown"
+        return FewShot((), 0, (said,))
     examples = [free[place].example for place in chosen(len(free), count, seed, "shots")]
     out, fewer = [], 0
     for item in target.items:
