@@ -131,6 +131,23 @@ def test_mixed_rows_are_of_both_kinds_by_turns() -> None:
         assert found == counts
 
 
+@pytest.mark.parametrize("share", [0.125, 0.375, 0.5])  # 1, 3 and 4 of 8 rows: odd ones are dealt by turns
+def test_every_mixed_row_comes_once_before_any_comes_again(share: float) -> None:
+    chats = [document(row, 20, 1000 * row) for row in range(1, 12)]
+    given = Documents(prose=[document(1, 90, 100_000), document(2, 90, 200_000)], chat=chats)
+    options = options_of(general_share=share, general_tokens=10)
+    general = split_general(given, options, base())
+    drawn = [int(row.ids[0]) for step in range(1, 41) for row in general.mixed(options, step)]
+    for held, kind in (
+        (general.held, [first for first in drawn if first >= 100_000]),
+        (general.chat_held, [first for first in drawn if first < 100_000]),
+    ):
+        all_of = {int(row.ids[0]) for row in held}
+        rounds = [set(kind[start : start + len(held)]) for start in range(0, len(kind) - len(held) + 1, len(held))]
+        assert rounds
+        assert all(found == all_of for found in rounds)
+
+
 # The draw
 
 

@@ -70,17 +70,19 @@ class General:
         """The rows that join those of step `step` (general_share), half of them conversations where there are both
         kinds, a pure function of seed and step."""
         count = max(1, round(options.general_share * options.batch_size)) if options.general_share else 0
-        chats = (count + step % 2) // 2 if self.held else count  # one alone is of each kind by turns
-        chats = chats if self.chat_held else 0
-        prose = _drawn(self.held, options.seed, "mix", step, count - chats) if count > chats else []
-        return prose + _drawn(self.chat_held, options.seed, "mix chat", step, chats)
+        before, after = (step - 1) * count, step * count  # places of its rows among those of all steps
+        if not (self.held and self.chat_held):
+            return _drawn((*self.held, *self.chat_held), options.seed, "mix", before, after)
+        prose = _drawn(self.held, options.seed, "mix", before // 2, after // 2)  # one alone is of each kind by turns
+        return prose + _drawn(self.chat_held, options.seed, "mix chat", -(-before // 2), -(-after // 2))
 
     def compared(self, options: Settled, step: int) -> dict[str, list[Sample]]:
         """By kind, the kl_rows rows on which step `step` compares adapter and base (kl_weight), likewise."""
         count = options.kl_rows if options.kl_weight else 0
+        before, after = (step - 1) * count, step * count
         drawn = {
-            "prose": _drawn(self.held, options.seed, "kl", step, count),
-            "chat": _drawn(self.chat_held, options.seed, "kl chat", step, count),
+            "prose": _drawn(self.held, options.seed, "kl", before, after),
+            "chat": _drawn(self.chat_held, options.seed, "kl chat", before, after),
         }
         return {kind: rows for kind, rows in drawn.items() if rows}
 
@@ -190,10 +192,11 @@ def _windows(documents: Iterable[Sequence[Sample]], size: int) -> list[Sample]:
     return windows
 
 
-def _drawn(rows: Sequence[Sample], seed: int, purpose: str, step: int, count: int) -> list[Sample]:
-    """The `count` rows of step `step` (from 1): every one once before any comes again; none where there are none."""
+def _drawn(rows: Sequence[Sample], seed: int, purpose: str, before: int, after: int) -> list[Sample]:
+    """The rows drawn next where `before` were, up to `after`: every one once before any comes again; none where
+    there are none."""
     out = []
-    for place in range((step - 1) * count, step * count) if rows else ():
+    for place in range(before, after) if rows else ():
         again, index = divmod(place, len(rows))
         out.append(rows[int(_order(len(rows), derive(seed, "general", purpose, again))[index])])
     return out
