@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from postil.data import Sample
 from postil.errors import listed
+from postil.training.general import General
 from postil.training.options import Settled, TrainOptions
 from postil.training.validation import spread, tokens_of, validations
 
@@ -70,12 +71,15 @@ def _falling(rows: int) -> float:
 
 
 def settled(
-    options: TrainOptions, samples: Sequence[Sample], valid: Sequence[Sample] = (), watched: int = 0
+    options: TrainOptions,
+    samples: Sequence[Sample],
+    valid: Sequence[Sample] = (),
+    general: General | None = None,
 ) -> tuple[Settled, tuple[str, ...]]:
     """The options with every number that they leave to the data; what was chosen and why, for the user (nothing where
     rate, epochs and batch are given).
 
-    watched: tokens of general rows that every validation measures; 0 where there are none.
+    general: what every validation measures beside, and what an adapter is held to.
     """
     given = options.model_dump()
     tokens, guarded = tokens_of(samples), options.guard is not None
@@ -86,13 +90,14 @@ def settled(
     )  # fmt: skip
     epoch = math.ceil(len(samples) / found.batch_size)
     steps = options.steps or found.epochs * epoch
+    watched, held = (general.watched_tokens, general.all_held) if general is not None else (0, ())
     plan = validations(
         round(tokens * steps / max(epoch, 1)), steps, [len(sample.ids) for sample in spread(valid)], watched,
         guarded=guarded, rows=options.valid_rows, every=options.valid_every,
     )  # fmt: skip
     values = {key: getattr(found, key) for key in ("learning_rate", "epochs", "batch_size", "warmup", "patience")}
     values |= {"valid_rows": plan.rows, "valid_every": plan.every}
-    values["kl_weight"] = HELD if watched and options.method != "full" else 0.0
+    values["kl_weight"] = HELD if held and options.method != "full" else 0.0
     now = Settled(**given | {key: value for key, value in values.items() if given[key] is None})
     named = {"learning_rate": "learning rate", "epochs": "epochs", "batch_size": "batch size"}
     ours = [name for key, name in named.items() if given[key] is None and not (key == "epochs" and options.steps)]

@@ -126,7 +126,7 @@ def run(
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
     check_general(options, len(general) > 0)
     beside = split_general(general, options, model.base) if len(general) else None
-    now, _ = settled(options, samples, valid, beside.watched_tokens if beside is not None else 0)
+    now, _ = settled(options, samples, valid, beside)
     valid = measured(valid, now.valid_rows)
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
@@ -272,7 +272,7 @@ def seconds_per_run(
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     general = split_general(documents, options, model.base) if len(documents) else None
-    options, _ = settled(options, samples)
+    options, _ = settled(options, samples, (), general)
     bare: Bare = weights.origin() if general is not None else nullcontext
     states = BaseStates(bare, general.all_held if general is not None else ())
     _, packs = next(steps_of(samples, options, 0, 1, general, shares(model, resident)))
