@@ -13,7 +13,7 @@ from postil.data.messages import check_messages
 from postil.data.template import end_of_turn
 from postil.engine.engine import Engine, eos_ids
 from postil.engine.memory import Memory
-from postil.engine.request import Answer, Request, prompt_ids
+from postil.engine.request import Answer, Request, prompt_ids, unbroken
 from postil.errors import DataError, RequestError, listed
 
 ANSWER_TOKENS = 48  # of the base's own answer
@@ -54,6 +54,7 @@ def own_answers(
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """The bare base's greedy answers to tokenised prompts, of at most `new_tokens` tokens; kept in the user's cache.
+    Raises AnswerError where one breaks off.
 
     done: told how many are there.
     """
@@ -62,7 +63,7 @@ def own_answers(
     def make() -> dict[str, Any]:
         requests = [Request(ids=ids, max_new_tokens=_room(model, ids, new_tokens)) for ids in prompts]
         with Engine(model) as engine:
-            found = engine.run(requests, done)
+            found = unbroken(engine.run(requests, done))
         return {"answers": [(one.text, one.ids, one.finish_reason, one.prompt_tokens) for one in found]}
 
     def read(kept: Any) -> list[Answer]:
