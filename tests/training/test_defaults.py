@@ -68,7 +68,8 @@ def test_an_adapter_is_held_to_general_rows_where_there_are_some() -> None:
         assert settled(TrainOptions(method="full"), samples, (), general)[0].kl_weight == 0
         assert settled(TrainOptions(kl_weight=0), samples, (), general)[0].kl_weight == 0
     assert settled(TrainOptions(), samples)[0].kl_weight == 0
-    assert settled(TrainOptions(), samples, (), General(rows, (), 1))[0].kl_weight == 0  # to watch, and none to hold to
+    watched_alone = General(rows, (), 1)
+    assert settled(TrainOptions(), samples, (), watched_alone)[0].kl_weight == 0
 
 
 def test_auto_is_what_nothing_is() -> None:

@@ -289,8 +289,31 @@ def test_the_bases_states_are_computed_once_and_only_while_there_is_room() -> No
     for row in (rows[-1], stranger):  # no room is left, and no use to keep it
         assert states.of(model, row) is not states.of(model, row)
         assert torch.equal(states.of(model, row), states.of(model, row))
-    other = BaseStates(nullcontext, rows)  # asked in another order, with more room: the same bits
+    other = BaseStates(nullcontext, rows, room=states.room)  # asked in another order: the same bits
     assert all(torch.equal(other.of(model, row), states.of(model, row)) for row in reversed(rows))
+
+
+def test_the_base_is_run_over_no_more_than_a_pack_or_one_row_for_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    rows = tiny_documents(CHUNK + 4, 20)
+    asked: list[int] = []
+
+    def counting(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return AdaptedModel.hidden(model, ids, positions)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    states = BaseStates(nullcontext, rows, pack_tokens=70)
+    for _ in range(2):
+        for row in rows:
+            states.of(model, row)
+    assert asked == [60] * 6 + [40]  # three rows of 20 tokens at a time, and nothing twice
+    asked.clear()
+    states = BaseStates(nullcontext, rows, room=0)
+    states.of(model, rows[0])
+    assert asked == [20]  # not its neighbours, whose states no room is for
+    long = BaseStates(nullcontext, rows, pack_tokens=16)
+    assert len(long.of(model, rows[0])) == rows[0].target_tokens
 
 
 def test_rows_that_begin_alike_are_held_to_as_if_they_did_not() -> None:
