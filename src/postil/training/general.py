@@ -42,7 +42,7 @@ class General:
     none.
 
     watched: at most options.watch_windows of WINDOW tokens; held: of options.general_tokens tokens each.
-    chat_watched: at most CHATS times as many conversations.
+    chat_watched: at most CHATS times as many conversations. sha256: of the rows as read, where they were.
     """
 
     watched: tuple[Sample, ...]
@@ -50,11 +50,16 @@ class General:
     documents: int
     chat_watched: tuple[Sample, ...] = ()
     chat_held: tuple[Sample, ...] = ()
+    sha256: str | None = None
 
     @property
-    def kinds(self) -> tuple[tuple[Sample, ...], ...]:
-        """Everything that is watched and held."""
-        return self.watched, self.held, self.chat_watched, self.chat_held
+    def given(self) -> tuple[tuple[Sample, ...], ...]:
+        """Everything that is watched and held, as it was given: where the rows are known by their digest, of a
+        conversation what comes before its answer, for the base's own may be another on another machine."""
+        chats = self.chat_watched, self.chat_held
+        if self.sha256 is not None:
+            chats = tuple(map(_asked, chats[0])), tuple(map(_asked, chats[1]))
+        return self.watched, self.held, *chats
 
     @property
     def all_held(self) -> tuple[Sample, ...]:
@@ -151,8 +156,14 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
         )
     return General(
         tuple(_spread(watched, options.watch_windows)), tuple(held), len(whole) + len(chats),
-        tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held),
+        tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held), given.sha256,
     )  # fmt: skip
+
+
+def _asked(sample: Sample) -> Sample:
+    """What stands before a conversation's first target."""
+    first = int(np.flatnonzero(sample.weights)[0])
+    return replace(sample, ids=sample.ids[:first], weights=sample.weights[:first])
 
 
 def _parted(documents: Sequence[Any], part: int) -> tuple[list[Any], list[Any]]:
