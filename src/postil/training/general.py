@@ -31,6 +31,7 @@ class Documents:
     chat: Sequence[Sample] = ()
     sha256: str | None = None  # of the rows as read
     seen: Seen | None = None  # their digests
+    left_out: int = 0  # conversations longer than the base's context, or with nothing to learn
 
     def __len__(self) -> int:
         return len(self.prose) + len(self.chat)
@@ -42,7 +43,7 @@ class General:
     none.
 
     watched: at most options.watch_windows of WINDOW tokens; held: of options.general_tokens tokens each.
-    chat_watched: at most CHATS times as many conversations. sha256: of the rows as read, where they were.
+    chat_watched: at most CHATS times as many conversations. sha256, left_out: as in Documents.
     """
 
     watched: tuple[Sample, ...]
@@ -51,6 +52,7 @@ class General:
     chat_watched: tuple[Sample, ...] = ()
     chat_held: tuple[Sample, ...] = ()
     sha256: str | None = None
+    left_out: int = 0
 
     @property
     def given(self) -> tuple[tuple[Sample, ...], ...]:
@@ -98,6 +100,10 @@ class General:
         told = " and ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in counts)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"
         lines = [f"general ability: {self.documents} documents; {told} watched at each validation{bound}"]
+        if self.left_out:
+            lines.append(
+                f"{self.left_out} conversations left out: longer than the base's context, or without an answer"
+            )
         held = [
             *([f"{{n}} of prose ({options.general_tokens} tokens)"] if self.held else []),
             *(["{n} of chat"] if self.chat_held else []),
@@ -157,6 +163,7 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
     return General(
         tuple(_spread(watched, options.watch_windows)), tuple(held), len(whole) + len(chats),
         tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held), given.sha256,
+        given.left_out,
     )  # fmt: skip
 
 
