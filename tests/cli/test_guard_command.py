@@ -83,6 +83,18 @@ def test_tensorboard_shows_the_damage(postil: Any, train: Any, general: Path, tm
     assert {"general_nats", "general_kl", "kl_loss"} <= tags
 
 
+def test_one_document_is_watched_and_what_nobody_asked_for_is_not_missed(
+    postil: Any, train: Any, general: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(general.read_text().splitlines()[0] + "\n")
+    command = (*train, "--guard", 5, "--general", one, *settings(steps=2))
+    for _ in range(2):  # and the finished run is found again
+        told = postil(*command)
+        assert told.code == 0, told
+    assert "kl_weight: 0.0" in (tmp_path / "out/recipe.yaml").read_text()
+
+
 def test_a_run_that_spoils_everything_ends_in_an_error_and_no_adapter(
     refusal: Any, train: Any, general: Path, tmp_path: Path
 ) -> None:

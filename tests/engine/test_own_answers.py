@@ -38,6 +38,20 @@ def test_they_are_the_bare_bases_greedy_answers_whatever_is_active() -> None:
     assert model.active == {"note": 1.0}
 
 
+def test_an_answer_that_breaks_off_is_no_answer() -> None:
+    """As a sample it would have no target, and the prompt be left out without a word."""
+    base = byte_base()
+    ids = prompts(base.tokenizer)
+    three = torch.tensor(sorted({*ids[2]} - {*ids[0], *ids[1]}))
+
+    def poison(_module: object, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return out.masked_fill(torch.isin(given[0], three)[..., None], float("nan"))
+
+    base.model.get_input_embeddings().register_forward_hook(poison)
+    with pytest.raises(AnswerError, match=r"the base gave values that are not finite.*answers broke off\)"):
+        own_answers(attach(base), ids, new_tokens=3)
+
+
 def test_they_are_asked_once_of_a_base_from_files(tmp_path: Path) -> None:
     made = byte_base()
     made.model.save_pretrained(tmp_path / "base")

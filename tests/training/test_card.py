@@ -19,6 +19,7 @@ from postil.base import Base, load_base
 from postil.data import DataOptions, Dataset, load_data
 from postil.data.digests import DigestSet, row_digests
 from postil.data.formats import Pair, Text
+from postil.errors import AdapterError
 from postil.training import train
 from postil.training.recipe import Recipe, prepare
 
@@ -119,6 +120,20 @@ def test_an_adapter_that_tells_nothing_leaves_the_next_one_incomplete(base: Base
     assert onward.card["seen"]["complete"] is False
     detach(model)
     assert shrink(adapter, rank=1).adapter.card["seen"] == adapter.card["seen"]
+
+
+@pytest.mark.parametrize("seen", ["all", 3, [1], {"trained": {"prompts": "x"}}, {"held_out": {"answers": [1]}}])
+def test_a_card_that_cannot_be_read_stops_the_training_before_it_begins(place: Path, seen: object) -> None:
+    base = load_base(place)
+    model = attach(base, LoraConfig(r=2))
+    model.resident("default").card["seen"] = seen
+    steps: list[dict[str, Any]] = []
+    with pytest.raises(
+        AdapterError, match=r"the card of 'default' .* cannot be read .*: take 'seen' out of the card"
+    ):
+        train(model, load_data(pairs(0, 8), base, RAW), steps=1, watch=steps.append)
+    assert not steps
+    assert model.resident("default").card["seen"] == seen
 
 
 @pytest.fixture

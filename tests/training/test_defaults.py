@@ -9,6 +9,7 @@ from postil.adapter import LoraConfig, attach
 from postil.errors import RecipeError
 from postil.training import TrainOptions, train
 from postil.training.defaults import HELD, MOST_EPOCHS, chosen, settled
+from postil.training.general import General
 from postil.training.options import CHOSEN
 
 
@@ -70,10 +71,14 @@ def test_what_is_given_stays() -> None:
 
 def test_an_adapter_is_held_to_general_rows_where_there_are_some() -> None:
     samples = tiny_samples()
-    assert settled(TrainOptions(), samples, watched=500)[0].kl_weight == HELD
+    rows = tuple(tiny_samples(4))
+    for general in (General(rows[:2], rows[2:], 4), General((), (), 4, rows[:2], rows[2:])):
+        assert settled(TrainOptions(), samples, (), general)[0].kl_weight == HELD
+        assert settled(TrainOptions(method="full"), samples, (), general)[0].kl_weight == 0
+        assert settled(TrainOptions(kl_weight=0), samples, (), general)[0].kl_weight == 0
     assert settled(TrainOptions(), samples)[0].kl_weight == 0
-    assert settled(TrainOptions(method="full"), samples, watched=500)[0].kl_weight == 0
-    assert settled(TrainOptions(kl_weight=0), samples, watched=500)[0].kl_weight == 0
+    watched_alone = General(rows, (), 1)
+    assert settled(TrainOptions(), samples, (), watched_alone)[0].kl_weight == 0
 
 
 def test_auto_is_what_nothing_is() -> None:

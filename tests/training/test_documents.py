@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import options_of
+
 from byte_base import EOS, byte_base
 from postil.adapter import AdaptedModel, attach
 from postil.data.shipped import shipped_rows
 from postil.errors import DataError
+from postil.training import TrainOptions
 from postil.training.documents import general_documents
+from postil.training.general import split_general
 
 
 @pytest.fixture
@@ -125,6 +129,15 @@ def test_a_line_that_is_no_json_is_an_error_or_left_out(chat_model: AdaptedModel
     with pytest.raises(DataError, match=r"general.jsonl:2"):
         general_documents(chat_model, path)
     assert len(general_documents(chat_model, path, skip_bad_lines=True).prose) == 1
+
+
+def test_conversations_longer_than_the_context_are_counted(chat_model: AdaptedModel) -> None:
+    rows = [{"prompt": "a?"}, {"prompt": "x" * 300}, {"prompt": "b", "completion": "y" * 300}]
+    found = general_documents(chat_model, rows)
+    assert len(found.chat) == 1
+    assert found.left_out == 2
+    lines = split_general(found, TrainOptions(), chat_model.base).lines(options_of())
+    assert lines[1] == "2 conversations left out: longer than the base's context, or without an answer"
 
 
 def test_a_chat_row_ends_as_a_turn_ends(chat_model: AdaptedModel) -> None:

@@ -131,6 +131,23 @@ def test_mixed_rows_are_of_both_kinds_by_turns() -> None:
         assert found == counts
 
 
+@pytest.mark.parametrize("share", [0.125, 0.375, 0.5])  # 1, 3 and 4 of 8 rows: odd ones are dealt by turns
+def test_every_mixed_row_comes_once_before_any_comes_again(share: float) -> None:
+    chats = [document(row, 20, 1000 * row) for row in range(1, 12)]
+    given = Documents(prose=[document(1, 90, 100_000), document(2, 90, 200_000)], chat=chats)
+    options = options_of(general_share=share, general_tokens=10)
+    general = split_general(given, options, base())
+    drawn = [int(row.ids[0]) for step in range(1, 41) for row in general.mixed(options, step)]
+    for held, kind in (
+        (general.held, [first for first in drawn if first >= 100_000]),
+        (general.chat_held, [first for first in drawn if first < 100_000]),
+    ):
+        all_of = {int(row.ids[0]) for row in held}
+        rounds = [set(kind[start : start + len(held)]) for start in range(0, len(kind) - len(held) + 1, len(held))]
+        assert rounds
+        assert all(found == all_of for found in rounds)
+
+
 # The draw
 
 
@@ -272,8 +289,31 @@ def test_the_bases_states_are_computed_once_and_only_while_there_is_room() -> No
     for row in (rows[-1], stranger):  # no room is left, and no use to keep it
         assert states.of(model, row) is not states.of(model, row)
         assert torch.equal(states.of(model, row), states.of(model, row))
-    other = BaseStates(nullcontext, rows)  # asked in another order, with more room: the same bits
+    other = BaseStates(nullcontext, rows, room=states.room)  # asked in another order: the same bits
     assert all(torch.equal(other.of(model, row), states.of(model, row)) for row in reversed(rows))
+
+
+def test_the_base_is_run_over_no_more_than_a_pack_or_one_row_for_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    rows = tiny_documents(CHUNK + 4, 20)
+    asked: list[int] = []
+
+    def counting(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return AdaptedModel.hidden(model, ids, positions)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    states = BaseStates(nullcontext, rows, pack_tokens=70)
+    for _ in range(2):
+        for row in rows:
+            states.of(model, row)
+    assert asked == [60] * 6 + [40]  # three rows of 20 tokens at a time, and nothing twice
+    asked.clear()
+    states = BaseStates(nullcontext, rows, room=0)
+    states.of(model, rows[0])
+    assert asked == [20]  # not its neighbours, whose states no room is for
+    long = BaseStates(nullcontext, rows, pack_tokens=16)
+    assert len(long.of(model, rows[0])) == rows[0].target_tokens
 
 
 def test_rows_that_begin_alike_are_held_to_as_if_they_did_not() -> None:

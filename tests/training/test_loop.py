@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from tiny import options_of, tiny_model, tiny_samples
@@ -28,7 +29,7 @@ from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
 from postil.training.batch import to_device
-from postil.training.general import split_general
+from postil.training.general import Documents, split_general
 from postil.training.holding import BaseStates, kl_gradients
 from postil.training.loop import run
 from postil.training.optimizer import AdapterWeights, rate_at
@@ -337,6 +338,32 @@ def test_ctrl_c_saves_and_is_raised(model: AdaptedModel, samples: list[Sample], 
         train(model, samples, out=tmp_path, epochs=10, checkpoint_every=100, watch=interrupt)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert not model.resident("default").trainable
+
+
+def test_a_run_goes_on_where_the_base_answers_general_prompts_otherwise(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    """As it may in 16 bits on another machine; another prompt, or another answer that was given, is another run."""
+
+    def chats(prompt: int = 5, answer: int = 7) -> list[Sample]:
+        ids = np.array([prompt, 1, 2, answer, answer], dtype=np.int32)
+        weights = np.array([0, 0, 0, 1, 1], dtype=np.float32)
+        return [Sample(np.append(ids, np.int32(row)), np.append(weights, np.float32(1)), row) for row in range(1, 6)]
+
+    def go_on(documents: Documents) -> None:
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        train(model, samples, out=tmp_path, general=documents, steps=2, watch_windows=1, valid_every=2)
+
+    go_on(Documents(chat=chats(), sha256="read"))
+    go_on(Documents(chat=chats(answer=8), sha256="read"))
+    for other in (
+        Documents(chat=chats(), sha256="other rows"),
+        Documents(chat=chats(prompt=6), sha256="read"),
+        Documents(chat=chats()),
+    ):
+        with pytest.raises(RunError, match="another recipe, base or data"):
+            go_on(other)
 
 
 @pytest.mark.parametrize("change", [{"alpha": 64}, {"use_rslora": True}, {"seed": 2}])

@@ -54,6 +54,7 @@ def own_answers(
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """The bare base's greedy answers to tokenised prompts, of at most `new_tokens` tokens; kept in the user's cache.
+    Raises AnswerError where one breaks off.
 
     done: told how many are there. Raises AnswerError where one broke off: half an answer is nothing to hold to.
     """

@@ -10,6 +10,7 @@ from postil.adapter.bank import Resident
 from postil.adapter.model import AdaptedModel
 from postil.data import Dataset, Sample
 from postil.data.digests import KINDS, DigestSet, Seen, seen_of
+from postil.errors import AdapterError, DataError
 from postil.training.general import Documents
 from postil.training.options import Settled
 
@@ -105,9 +106,18 @@ def digests_of(data: Given, samples: Sequence[Sample] | None = None) -> Seen | N
 
 
 def earlier_rows(resident: Resident) -> Mapping[str, Any] | None:
-    """What the adapter's card tells of rows seen before the training to come; None for one that is untouched."""
+    """What the adapter's card tells of rows seen before the training to come; None for one that is untouched. Raises
+    AdapterError where that cannot be read, before the work and not after it."""
     if SEEN in resident.card:
-        return dict(resident.card[SEEN])
+        try:
+            told = dict(resident.card[SEEN])
+            rows_seen(None, None, None, told)
+        except (DataError, TypeError, ValueError) as problem:
+            raise AdapterError(
+                f"what the card of {resident.name!r} tells of the rows it has seen cannot be read ({problem}): take "
+                f"{SEEN!r} out of the card in its postil.json, and what it has seen counts as unknown"
+            ) from None
+        return told
     begins_at_zero = (".lora_B.weight", ".lora_embedding_A")
     return (
         {} if any(bool(view.any()) for key, view in resident.keys.items() if key.endswith(begins_at_zero)) else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from postil.data import Sample
 from postil.errors import listed
+from postil.training.general import General
 from postil.training.options import Settled, TrainOptions
 from postil.training.validation import spread, tokens_of, validations
 
@@ -75,17 +76,20 @@ def _falling(rows: int, held: bool) -> float:
 
 
 def settled(
-    options: TrainOptions, samples: Sequence[Sample], valid: Sequence[Sample] = (), watched: int = 0
+    options: TrainOptions,
+    samples: Sequence[Sample],
+    valid: Sequence[Sample] = (),
+    general: General | None = None,
 ) -> tuple[Settled, tuple[str, ...]]:
     """The options with every number that they leave to the data; what was chosen and why, for the user (nothing where
     rate, epochs and batch are given).
 
-    watched: tokens of general rows that every validation measures under a guard, else the last one; 0 where there
-    are none.
+    general: what every validation measures beside under a guard, else the last one, and what an adapter is held to.
     """
     given = options.model_dump()
     tokens, guarded = tokens_of(samples), options.guard is not None
-    by_default = HELD if watched and options.method != "full" else 0.0
+    watched, held = (general.watched_tokens, general.all_held) if general is not None else (0, ())
+    by_default = HELD if held and options.method != "full" else 0.0
     weight = by_default if options.kl_weight is None else options.kl_weight
     found = chosen(
         len(samples), sum(sample.target_tokens for sample in samples), tokens / max(len(samples), 1), options.method,

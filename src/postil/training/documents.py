@@ -35,7 +35,8 @@ def general_documents(
 
     A prompt without an answer gets the base's own greedy one (asked once and kept; done: how many of how many are
     there), and so does a conversation that ends with the user; one that ends with an answer keeps it. A base without
-    a chat template holds to prose alone. Raises DataError naming the file and the line.
+    a chat template holds to prose alone; a conversation longer than its context is left out, and counted. Raises
+    DataError naming the file and the line.
     """
     texts: list[dict[str, Any]] = []
     asked: list[tuple[int, list[dict[str, Any]]]] = []
@@ -67,7 +68,9 @@ def general_documents(
                     f"{opened.where(row.number)}: the base has no chat template, so it can hold to rows of text only"
                 )
     prose = load_data(texts, model.base.tokenizer, DataOptions(format="text")).samples if texts else []
-    return Documents(tuple(prose), tuple(_chats(model, asked, answered, done)), digest.hexdigest(), seen_of(seen))
+    chat = _chats(model, asked, answered, done)
+    left_out = len(asked) + len(answered) - len(chat)
+    return Documents(tuple(prose), tuple(chat), digest.hexdigest(), seen_of(seen), left_out)
 
 
 def _digests(messages: list[dict[str, Any]]) -> RowDigests:

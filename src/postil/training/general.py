@@ -31,6 +31,7 @@ class Documents:
     chat: Sequence[Sample] = ()
     sha256: str | None = None  # of the rows as read
     seen: Seen | None = None  # their digests
+    left_out: int = 0  # conversations longer than the base's context, or with nothing to learn
 
     def __len__(self) -> int:
         return len(self.prose) + len(self.chat)
@@ -42,7 +43,7 @@ class General:
     none.
 
     watched: at most options.watch_windows of WINDOW tokens; held: of options.general_tokens tokens each.
-    chat_watched: at most CHATS times as many conversations.
+    chat_watched: at most CHATS times as many conversations. sha256, left_out: as in Documents.
     """
 
     watched: tuple[Sample, ...]
@@ -50,11 +51,17 @@ class General:
     documents: int
     chat_watched: tuple[Sample, ...] = ()
     chat_held: tuple[Sample, ...] = ()
+    sha256: str | None = None
+    left_out: int = 0
 
     @property
-    def kinds(self) -> tuple[tuple[Sample, ...], ...]:
-        """Everything that is watched and held."""
-        return self.watched, self.held, self.chat_watched, self.chat_held
+    def given(self) -> tuple[tuple[Sample, ...], ...]:
+        """Everything that is watched and held, as it was given: where the rows are known by their digest, of a
+        conversation what comes before its answer, for the base's own may be another on another machine."""
+        chats = self.chat_watched, self.chat_held
+        if self.sha256 is not None:
+            chats = tuple(map(_asked, chats[0])), tuple(map(_asked, chats[1]))
+        return self.watched, self.held, *chats
 
     @property
     def all_held(self) -> tuple[Sample, ...]:
@@ -70,17 +77,19 @@ class General:
         """The rows that join those of step `step` (general_share), half of them conversations where there are both
         kinds, a pure function of seed and step."""
         count = max(1, round(options.general_share * options.batch_size)) if options.general_share else 0
-        chats = (count + step % 2) // 2 if self.held else count  # one alone is of each kind by turns
-        chats = chats if self.chat_held else 0
-        prose = _drawn(self.held, options.seed, "mix", step, count - chats) if count > chats else []
-        return prose + _drawn(self.chat_held, options.seed, "mix chat", step, chats)
+        before, after = (step - 1) * count, step * count  # places of its rows among those of all steps
+        if not (self.held and self.chat_held):
+            return _drawn((*self.held, *self.chat_held), options.seed, "mix", before, after)
+        prose = _drawn(self.held, options.seed, "mix", before // 2, after // 2)  # one alone is of each kind by turns
+        return prose + _drawn(self.chat_held, options.seed, "mix chat", -(-before // 2), -(-after // 2))
 
     def compared(self, options: Settled, step: int) -> dict[str, list[Sample]]:
         """By kind, the kl_rows rows on which step `step` compares adapter and base (kl_weight), likewise."""
         count = options.kl_rows if options.kl_weight else 0
+        before, after = (step - 1) * count, step * count
         drawn = {
-            "prose": _drawn(self.held, options.seed, "kl", step, count),
-            "chat": _drawn(self.chat_held, options.seed, "kl chat", step, count),
+            "prose": _drawn(self.held, options.seed, "kl", before, after),
+            "chat": _drawn(self.chat_held, options.seed, "kl chat", before, after),
         }
         return {kind: rows for kind, rows in drawn.items() if rows}
 
@@ -91,6 +100,10 @@ class General:
         told = " and ".join(f"{tokens:,} tokens of {kind}" for kind, tokens in counts)
         bound = "" if options.guard is None else f"; no state more than {options.guard:g} nats above the base is kept"
         lines = [f"general ability: {self.documents} documents; {told} watched at each validation{bound}"]
+        if self.left_out:
+            lines.append(
+                f"{self.left_out} conversations left out: longer than the base's context, or without an answer"
+            )
         held = [
             *([f"{{n}} of prose ({options.general_tokens} tokens)"] if self.held else []),
             *(["{n} of chat"] if self.chat_held else []),
@@ -149,8 +162,15 @@ def split_general(documents: Documents | Sequence[Sample], options: TrainOptions
         )
     return General(
         tuple(_spread(watched, options.watch_windows)), tuple(held), len(whole) + len(chats),
-        tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held),
+        tuple(_spread(chat_watched, CHATS * options.watch_windows)), tuple(chat_held), given.sha256,
+        given.left_out,
     )  # fmt: skip
+
+
+def _asked(sample: Sample) -> Sample:
+    """What stands before a conversation's first target."""
+    first = int(np.flatnonzero(sample.weights)[0])
+    return replace(sample, ids=sample.ids[:first], weights=sample.weights[:first])
 
 
 def _parted(documents: Sequence[Any], part: int) -> tuple[list[Any], list[Any]]:
@@ -190,10 +210,11 @@ def _windows(documents: Iterable[Sequence[Sample]], size: int) -> list[Sample]:
     return windows
 
 
-def _drawn(rows: Sequence[Sample], seed: int, purpose: str, step: int, count: int) -> list[Sample]:
-    """The `count` rows of step `step` (from 1): every one once before any comes again; none where there are none."""
+def _drawn(rows: Sequence[Sample], seed: int, purpose: str, before: int, after: int) -> list[Sample]:
+    """The rows drawn next where `before` were, up to `after`: every one once before any comes again; none where
+    there are none."""
     out = []
-    for place in range((step - 1) * count, step * count) if rows else ():
+    for place in range(before, after) if rows else ():
         again, index = divmod(place, len(rows))
         out.append(rows[int(_order(len(rows), derive(seed, "general", purpose, again))[index])])
     return out

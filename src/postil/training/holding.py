@@ -15,48 +15,66 @@ from postil.kernels.layout import Layout
 from postil.seeds import derive
 from postil.training.batch import shares, to_device, training_spans
 from postil.training.optimizer import Trainable
-from postil.training.options import Settled
+from postil.training.options import Settled, TrainOptions
 
 KEPT_BYTES = 256 << 20  # of the base's hidden states
-CHUNK = 16  # rows that the base is run over together
+CHUNK = 16  # rows that the base is run over together, at most
+PACK_TOKENS: int = TrainOptions.model_fields["pack_tokens"].default
 
 
 @dataclass(slots=True)
 class BaseStates:
-    """The bare base's hidden states [targets, dim] before each target of a general row, computed once while there is
+    """The bare base's hidden states [targets, dim] before each target of a general row, computed once where there is
     room.
 
-    rows: those that will be asked for, CHUNK neighbours computed together, so that the bits of one do not depend on
-    which were asked for before; any other row is run alone.
+    rows: those that will be asked for. The first of them, as many as `room` bytes hold, are kept, and up to CHUNK
+    neighbours (of pack_tokens tokens in all) computed together; all others are run alone, each time they are asked
+    for. Which are is known beforehand, so the bits of one do not depend on which were asked for before.
     """
 
     bare: Bare
     rows: Sequence[Sample] = ()
+    pack_tokens: int = PACK_TOKENS
     room: int = KEPT_BYTES
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
-    chunks: dict[int, Sequence[Sample]] = field(init=False)
+    chunks: dict[int, tuple[Sequence[Sample], int]] = field(init=False)  # and the targets up to its end
 
     def __post_init__(self) -> None:
-        cut = [self.rows[start : start + CHUNK] for start in range(0, len(self.rows), CHUNK)]
-        self.chunks = {id(row): chunk for chunk in cut for row in chunk}
+        self.chunks, targets = {}, 0
+        for chunk in _chunks(self.rows, self.pack_tokens):
+            targets += sum(row.target_tokens for row in chunk)
+            self.chunks |= {id(row): (chunk, targets) for row in chunk}
 
     @torch.no_grad()
     def of(self, model: AdaptedModel, row: Sample) -> torch.Tensor:
         """Those of one row, in the base's dtype."""
         if id(row) in self.kept:
             return self.kept[id(row)]
-        chunk = self.chunks.get(id(row), (row,))
+        width = model.model.config.get_text_config().hidden_size * model.base.dtype.itemsize
+        chunk, targets = self.chunks.get(id(row), ((row,), 0))
+        keeps = 0 < targets * width <= self.room
+        chunk = chunk if keeps else (row,)
         packed = pack(chunk)
         ids, positions, share = to_device(packed, model)
-        targets = share.nonzero(as_tuple=True)[0]
+        before = share.nonzero(as_tuple=True)[0] - 1
         with model.using(Layout.packed(packed.lengths)):
-            states = base_states(model, ids, positions, targets - 1, bare=self.bare)
+            states = base_states(model, ids, positions, before, bare=self.bare)
         parts = dict(zip(map(id, chunk), torch.split(states, [one.target_tokens for one in chunk]), strict=True))
-        size = states.numel() * states.element_size()
-        if id(row) in self.chunks and size <= self.room:
-            self.room -= size
+        if keeps:
             self.kept |= parts
         return parts[id(row)]
+
+
+def _chunks(rows: Sequence[Sample], pack_tokens: int) -> list[list[Sample]]:
+    """Neighbours, up to CHUNK of them and, of several, pack_tokens tokens."""
+    found, tokens = list[list[Sample]](), 0
+    for row in rows:
+        if not found or len(found[-1]) == CHUNK or tokens + len(row.ids) > pack_tokens:
+            found.append([])
+            tokens = 0
+        found[-1].append(row)
+        tokens += len(row.ids)
+    return found
 
 
 def kl_gradients(

@@ -32,11 +32,14 @@ def identity_of(
     """What a checkpoint must share with the run that resumes from it: options, data, base, adapter, first values."""
     form = f"{model.base.fingerprint()} {model.base.dtype}" if model.base.quantised else str(model.base.fingerprint())
     digest = hashlib.sha256(form.encode())
-    fields = [options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})]
+    fields: list[Any] = [
+        options.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"}),
+        general.sha256 if general is not None else None,
+    ]
     if resident is not None:
         fields.append(resident.config.model_dump(mode="json"))
     digest.update(json.dumps(fields, sort_keys=True).encode())
-    for kind in (samples, valid, *(general.kinds if general is not None else ())):
+    for kind in (samples, valid, *(general.given if general is not None else ())):
         digest.update(len(kind).to_bytes(8, "big"))
         for sample in kind:
             digest.update(len(sample.ids).to_bytes(8, "big"))

@@ -126,7 +126,7 @@ def run(
         raise RecipeError("training.patience needs held-out rows: give valid, or a valid_share above 0")
     check_general(options, len(general) > 0)
     beside = split_general(general, options, model.base) if len(general) else None
-    now, _ = settled(options, samples, valid, beside.watched_tokens if beside is not None else 0)
+    now, _ = settled(options, samples, valid, beside)
     valid = measured(valid, now.valid_rows)
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
@@ -167,7 +167,8 @@ def _train(
         identity = identity_of(model, samples, valid, resident, weights, options, general)
     progress = _begun(directory, optimizer, identity, tell)
     begun = progress.step
-    states = BaseStates(bare, general.all_held) if general is not None and options.kl_weight else None
+    held = general.all_held if general is not None and options.kl_weight else ()
+    states = BaseStates(bare, held, options.pack_tokens) if held else None
     gauge = Gauges.of(model, general, options.pack_tokens, bare) if general is not None else None
     save_every = options.checkpoint_every or max(total // 10, 1)
     loss, stopped = float("nan"), False
@@ -273,9 +274,9 @@ def seconds_per_run(
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
     general = split_general(documents, options, model.base) if len(documents) else None
-    options, _ = settled(options, samples)
+    options, _ = settled(options, samples, (), general)
     bare: Bare = weights.origin() if general is not None else nullcontext
-    states = BaseStates(bare, general.all_held if general is not None else ())
+    states = BaseStates(bare, general.all_held if general is not None else (), options.pack_tokens)
     _, packs = next(steps_of(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
     for _ in range(2):

@@ -143,8 +143,8 @@ def prepare(recipe: Recipe, answered: Callable[[int, int], None] = lambda done, 
 def _settled(
     recipe: Recipe, base: Base, training: list[Sample], valid: list[Sample], general: Documents
 ) -> tuple[Settled, tuple[str, ...]]:
-    watched = split_general(general, recipe.training, base).watched_tokens if len(general) else 0
-    return settled(recipe.training, training, valid, watched)
+    beside = split_general(general, recipe.training, base) if len(general) else None
+    return settled(recipe.training, training, valid, beside)
 
 
 def _run(job: Job, watch: Watcher | None, tell: Callable[[str], None]) -> Outcome:
