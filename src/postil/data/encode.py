@@ -82,11 +82,12 @@ def draft_chat(row: int, chat: Chat, tokenizer: Any, learn: Literal["all", "last
 
 
 def _draft(row: int, text: str, spans: tuple[tuple[int, int, float], ...], close: bool) -> Draft:
-    _check_text(text)
+    check_text(text)
     return Draft(row, text, spans, close)
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raise DataError for half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
@@ -165,7 +166,7 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
     Raises DataError for what UTF-8 cannot hold.
     """
-    _check_text(text)
+    check_text(text)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     leading = leading_ids(tokenizer)
     return ids if ids[: len(leading)] == leading else leading + ids

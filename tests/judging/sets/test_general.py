@@ -12,12 +12,14 @@ import torch
 
 from postil.adapter import AdaptedModel
 from postil.base import Base
+from postil.data import DataOptions
 from postil.data.shipped import SHIPPED
 from postil.errors import DataError, JudgeError
 from postil.judging.asking.likelihoods import nats_and_kl, row_losses
 from postil.judging.card.build import Draw
 from postil.judging.options import GeneralOptions
 from postil.judging.sets.general import General, general_parts, measure, read_general
+from postil.judging.sets.target import read_target
 
 Hand = Callable[..., torch.Tensor]
 TEXT = [{"text": f"Line {n} of some text that nobody has learned."} for n in range(8)]
@@ -33,6 +35,7 @@ PAIRS = [
     )
 ]
 OPTIONS = GeneralOptions(window=32)
+HALF = "half \ud800"
 
 
 @pytest.fixture
@@ -172,3 +175,24 @@ def test_another_cut_of_the_same_text_is_other_data(base: Base) -> None:
 
     assert digest() == digest()
     assert len({digest(), digest(window=32), digest(tokens=48)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("sets", "row"),
+    [
+        ({"text": [{"text": "right"}, {"text": HALF}]}, 2),
+        ({"choices": [{"context": HALF, "choices": ["a", "b"], "answer": 0}]}, 1),
+        ({"choices": [{"context": "a", "choices": ["a", HALF], "answer": 0}]}, 1),
+        ({"pairs": [{"good": "a", "bad": HALF}]}, 1),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_by_its_row(base: Base, sets: dict[str, Any], row: int) -> None:
+    given = {"text": None, "choices": None, "pairs": None} | sets
+    with pytest.raises(DataError, match=rf"the given rows, row {row}: the text holds half a surrogate pair"):
+        read_general(**given, base=base, options=GeneralOptions(), seed=0)
+
+
+def test_a_reference_that_is_no_text_is_named_by_its_row(base: Base) -> None:
+    rows = [{"prompt": "q", "references": ["right", HALF]}]
+    with pytest.raises(DataError, match="the given rows, row 1: the text holds half a surrogate pair"):
+        read_target(rows, base, DataOptions(format="raw"))

@@ -16,7 +16,7 @@ from postil.judging.card.build import ACCURACY, PER_TOKEN, Measured, hits, measu
 from postil.judging.card.model import DataUsed
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import GeneralOptions
-from postil.judging.sets.read import Rows, chosen, column_of, used
+from postil.judging.sets.read import Rows, check_texts, chosen, column_of, used
 
 PER_CHARACTER = measured("accuracy_per_character", "higher", "%")  # lm-eval's acc_norm
 PER_BYTE = measured("accuracy_per_byte", "higher", "%")  # lm-eval's acc_bytes
@@ -135,6 +135,7 @@ def _choices(rows: Rows, row: Row, prompt: str, cloze: bool) -> Options:
         raise DataError(
             f"{rows.where(row)}: `answer` must be the right place, 0 to {len(choices) - 1}, found {answer!r}."
         )
+    check_texts(rows, row, [context, *choices])
     if cloze:
         return [_filled(context, choice) for choice in choices], answer
     return [(prompt.replace("{context}", context), f" {choice}") for choice in choices], answer
@@ -178,6 +179,7 @@ def _pair(rows: Rows, row: Row) -> Options:
     both = [column_of(rows, row, name) for name in names]
     if not all(isinstance(one, str) and one for one in both):
         raise DataError(f"{rows.where(row)}: `{names[0]}` and `{names[1]}` must be two sentences, as strings.")
+    check_texts(rows, row, both)
     return [("", f" {one}") for one in both], 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from postil.data import DataOptions
+from postil.data.encode import check_text
 from postil.data.formats import Chat, Pair, Shape, Text, detect, read_row, rename
 from postil.data.rows import BadRow, Row, open_source
 from postil.errors import DataError, JudgeError
@@ -48,6 +49,8 @@ def example_of(row: Row, shape: Shape | None, options: DataOptions) -> tuple[Exa
     shape = shape or detect(value, options)
     example = read_row(value, shape)
     references = [] if isinstance(example, Text) else wanted(value)
+    for text in references:
+        check_text(text)
     return Example(row, value, example, references, question_key(example)), shape
 
 

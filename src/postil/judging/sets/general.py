@@ -19,7 +19,7 @@ from postil.judging.card.model import DataUsed, Part
 from postil.judging.metrics.metric import Metric
 from postil.judging.options import GeneralOptions
 from postil.judging.sets.choices import CHOICES, PAIRS, OptionSet, read_choices, read_pairs
-from postil.judging.sets.read import From, Rows, column_of, read_rows, shipped_text
+from postil.judging.sets.read import From, Rows, check_texts, column_of, read_rows, shipped_text
 
 MEASURES: dict[str, dict[str, Metric]] = {
     "nats": {"nats": NATS},
@@ -115,6 +115,7 @@ def _text(rows: Rows, row: Row) -> str:
     text = column_of(rows, row, "text")
     if not isinstance(text, str):
         raise DataError(f"{rows.where(row)}: `text` must be a string, found {type(text).__name__}.")
+    check_texts(rows, row, [text])
     return text
 
 

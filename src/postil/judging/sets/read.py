@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from postil import seeds
+from postil.data.encode import check_text
 from postil.data.rows import BadRow, Row, Source, open_source
 from postil.data.shipped import NAMES, shipped_rows
 from postil.errors import DataError, listed, nearest
@@ -59,6 +60,15 @@ def used(name: str, rows: Sequence[Row], tokens: int | None = None) -> DataUsed:
         line = json.dumps(row.value, sort_keys=True, ensure_ascii=False, default=str) + "\n"
         digest.update(line.encode("utf-8", errors="backslashreplace"))
     return DataUsed(name=name, sha256=digest.hexdigest(), rows=len(rows), tokens=tokens)
+
+
+def check_texts(rows: Rows, row: Row, texts: Iterable[str]) -> None:
+    """Raise DataError naming the line where one of its texts is none that can be tokenised."""
+    try:
+        for text in texts:
+            check_text(text)
+    except DataError as problem:
+        raise DataError(f"{rows.where(row)}: {problem}.") from None
 
 
 def column_of(rows: Rows, row: Row, name: str) -> Any:
