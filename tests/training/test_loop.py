@@ -31,7 +31,7 @@ from postil.training import TrainOptions, train
 from postil.training.batch import to_device
 from postil.training.general import Documents, split_general
 from postil.training.holding import BaseStates, kl_gradients
-from postil.training.loop import run
+from postil.training.loop import run, seconds_per_run
 from postil.training.optimizer import AdapterWeights, rate_at
 from postil.training.step import gradients, steps_of
 from postil.training.validation import validate
@@ -327,6 +327,23 @@ def test_a_warm_up_of_one_and_a_half_steps_is_refused() -> None:
     assert options_of(warmup=2.0).warmup_steps(100) == 2
     with pytest.raises(RecipeError, match=r"warmup: a share of the steps below 1, or a whole number of steps"):
         TrainOptions(warmup=1.5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_is_timed_as_it_will_be_run_and_leaves_nothing(method: str, samples: list[Sample]) -> None:
+    calls = []
+    for recomputing in (False, True):
+        model = tiny_model()
+        attach(model, LoraConfig(r=4), seed=1)
+        form, before = model.base.fingerprint(), live_digest(model.model)
+        model.attention_calls.clear()
+        options = TrainOptions(method=method, gradient_checkpointing=recomputing)
+        assert seconds_per_run(model, samples, "default", options) > 0
+        calls.append(model.attention_calls.total())
+        assert (model.checkpointing, model.resident("default").trainable) == (False, False)
+        assert not any(parameter.requires_grad for parameter in model.model.parameters())
+        assert (model.base.fingerprint(), live_digest(model.model)) == (form, before)
+    assert calls[1] == 2 * calls[0] > 0
 
 
 def test_ctrl_c_saves_and_is_raised(model: AdaptedModel, samples: list[Sample], tmp_path: Path) -> None:

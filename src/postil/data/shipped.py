@@ -6,10 +6,10 @@ import json
 from importlib.resources import files
 from typing import Any, Literal
 
-Sample = Literal["general", "chat", "hold_prose", "hold_chat"]
+Name = Literal["general", "chat", "hold_prose", "hold_chat"]
 
 SHIPPED = "shipped"  # what a user writes for them
-NAMES: dict[Sample, str] = {
+NAMES: dict[Name, str] = {
     "general": "postil's general sample",
     "chat": "postil's chat prompts",
     "hold_prose": "postil's prose to hold to",
@@ -17,7 +17,7 @@ NAMES: dict[Sample, str] = {
 }
 
 
-def shipped_rows(name: Sample) -> list[dict[str, Any]]:
+def shipped_rows(name: Name) -> list[dict[str, Any]]:
     """The rows of one sample: {"text"} or {"kind", "prompt" or "messages"}. What is judged on is in no sample that is
     held to."""
     text = (files("postil.data") / "samples" / f"{name}.jsonl").read_text(encoding="utf-8")

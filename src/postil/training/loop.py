@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,19 +131,28 @@ def run(
     directory = Path(out) if out is not None else None
     resident = model.resident(name) if options.method != "full" else None
     weights: Trainable = AdapterWeights.of(resident) if resident else FullWeights.of(model.model)
-    model.checkpointing = options.gradient_checkpointing
     if resident is not None:
         resident.card = {}
     try:
-        with only_trainer(directory):
+        with _learning(model, resident, options), only_trainer(directory):
             return _train(model, samples, valid, beside, directory, resident, weights, now, watch, tell)
+    finally:
+        if resident is None:
+            model.base.changed()
+
+
+@contextmanager
+def _learning(model: AdaptedModel, resident: Resident | None, options: TrainOptions) -> Iterator[None]:
+    """Recomputation as the options want it; afterwards nothing records a gradient, whatever happened."""
+    model.checkpointing = options.gradient_checkpointing
+    try:
+        yield
     finally:
         model.checkpointing = False
         if resident is not None:
             resident.train(False)
         else:
             model.model.requires_grad_(False)
-            model.base.changed()
 
 
 def _train(
@@ -279,15 +288,12 @@ def seconds_per_run(
     states = BaseStates(bare, general.all_held if general is not None else (), options.pack_tokens)
     _, packs = next(steps_of(samples, options, 0, 1, general, shares(model, resident)))
     seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        gradients(model, weights, resident, packs, options, 1)
-        hold(model, weights, resident, general, options, 1, states)
-        seconds = time.perf_counter() - began
-    if resident is not None:
-        resident.train(False)
-    else:
-        model.model.requires_grad_(False)
+    with _learning(model, resident, options):
+        for _ in range(2):
+            began = time.perf_counter()
+            gradients(model, weights, resident, packs, options, 1)
+            hold(model, weights, resident, general, options, 1, states)
+            seconds = time.perf_counter() - began
     tokens = sum(size for pack in packs for row, size in pack.sizes if row)
     epoch = math.ceil(len(samples) / options.batch_size)
     total = tokens_of(samples) * options.total_steps(len(samples)) / epoch
