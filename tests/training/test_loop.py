@@ -27,6 +27,7 @@ from postil.data.packs import PACKING
 from postil.errors import DataError, RecipeError, RunError
 from postil.kernels.layout import Layout, Span, Spans
 from postil.training import TrainOptions, train
+from postil.training.defaults import settled
 from postil.training.general import split_general
 from postil.training.holding import BaseStates, kl_gradients
 from postil.training.loop import AdapterWeights, _gradients, _steps, run, to_device, validate
@@ -90,7 +91,7 @@ def test_every_step_draws_its_own_masks(dropout: float, held: bool, samples: lis
     model = tiny_model()
     attach(model, LoraConfig(r=4, dropout=dropout), seed=1)
     resident = model.resident("default")
-    weights, options = AdapterWeights.of(resident), TrainOptions(kl_weight=1.0)
+    weights, options = AdapterWeights.of(resident), settled(TrainOptions(kl_weight=1.0), samples)[0]
     resident.flat.add_(torch.randn(resident.flat.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
     _, packs = next(_steps(samples, options, 0, 1))
     gradients = []
