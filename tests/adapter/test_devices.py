@@ -16,6 +16,7 @@ from postil.errors import AdapterError
 from postil.kernels.layout import Layout, Rows, Segment, Span, Spans
 from postil.kernels.nf4 import Nf4Weight, matmul, matmul_t
 from postil.training import TrainOptions
+from postil.training.defaults import settled
 from postil.training.optimizer import AdamW, AdapterWeights
 
 META = torch.device("meta")
@@ -59,7 +60,7 @@ def test_a_training_step(config: str, checkpointing: bool, weight: float) -> Non
         assert {hidden.device, logits.device} == {META}
         logits.float().sum().backward()
     assert all(leaf.grad is not None and leaf.grad.device == META for leaf in resident.leaves.values())
-    optimizer = AdamW.of(AdapterWeights.of(resident), TrainOptions(), 10)
+    optimizer = AdamW.of(AdapterWeights.of(resident), settled(TrainOptions(), [])[0], 10)
     optimizer.update()
 
 
