@@ -77,8 +77,9 @@ def gated(adapter: Path, test: Path, gate: str, *more: str) -> dict[str, Any]:
 
 def asked(place: Path, adapter: Path | None) -> list[str]:
     """The answers to the six questions."""
-    requests = laid(place / "questions.jsonl", [{"prompt": question} for question in QUESTIONS])
-    words = ("--adapter", adapter) if adapter is not None else ()
+    whose = {} if adapter is None else {"adapter": "note"}
+    requests = laid(place / "questions.jsonl", [{"prompt": question, **whose} for question in QUESTIONS])
+    words = ("--adapter", f"note={adapter}") if adapter is not None else ()
     out = done("generate", "--base", BASE, "--requests", requests, *words, "-n", "24")
     return [json.loads(line)["text"] for line in out.removesuffix("\n").split("\n")]
 
@@ -106,8 +107,8 @@ def main() -> None:
         }
         expect("the gates' exit codes", [one["exit"] for one in result.values()], [0, 3, 0, 0])
         answers = {"base": asked(place, None)} | {name: asked(place, note) for name, note in notes.items()}
-    labelled = [answer for answer in answers["held"] if any(label in answer for label in LABELS)]
-    expect("labels among the held note's answers", labelled, [])
+    labelled = {who: sum(any(label in one for label in LABELS) for one in said) for who, said in answers.items()}
+    expect("labels among six answers", labelled, {"base": 0, "prose": len(QUESTIONS), "held": 0})
     write_json(HERE / "result.json", {**result, "questions": QUESTIONS, "answers": answers, "held": HELD,
                                       "machine": machine()})  # fmt: skip
     print(json.dumps(result, indent=1), json.dumps(answers, indent=1))
