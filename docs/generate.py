@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 from damage import picture
 from pydantic import BaseModel
-from tables import benches, evidence, main_job, many_tasks
+from tables import benches, evidence, main_job, many_tasks, off_task
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/postil"
@@ -113,6 +113,7 @@ def plain(value: object) -> str:
 
 
 PARTS = {
+    "off_task": off_task,
     "keys": keys,
     "commands": commands,
     "tree": tree,

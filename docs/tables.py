@@ -209,3 +209,17 @@ def benches() -> str:
             rows.append([f"planned over measured peak of memory, {name}", "`bench/plan_memory.py`",
                          f"{case['ratio']:.3f}"])  # fmt: skip
     return markdown(("what", "command", "measured"), rows)
+
+
+def off_task() -> str:
+    """What the gates say of a note that answers all with its label, and of the same note held to chat."""
+    told = read(ROOT / "recipes/off_task/result.json")
+    names = {"target.accuracy": "accuracy, %", "nats.nats": "prose, nats", "chat.nats": "chat, nats",
+             "chat.kl": "chat, KL", "chat.same_start": "begins as the base, %", "chat.alike": "one same answer, %"}  # fmt: skip
+    rows = []
+    for name, one in told.items():
+        if isinstance(one, dict) and "exit" in one:
+            found = one["measures (base, note, low, high)"]
+            values = [f"{found[path][0]:.3g} → {found[path][1]:.3g}" for path in names]
+            rows.append([name, "refused" if one["exit"] else "passed", *values])
+    return markdown(("note and gate", "", *names.values()), rows)
