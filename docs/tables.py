@@ -214,8 +214,10 @@ def benches() -> str:
 def off_task() -> str:
     """What the gates say of a note that answers all with its label, and of the same note held to chat."""
     told = read(ROOT / "recipes/off_task/result.json")
-    names = {"target.accuracy": "accuracy, %", "nats.nats": "prose, nats", "chat.nats": "chat, nats",
-             "chat.kl": "chat, KL", "chat.same_start": "begins as the base, %", "chat.alike": "one same answer, %"}  # fmt: skip
+    names = {
+        "target.accuracy": "accuracy, %", "nats.nats": "prose, nats", "chat.nats": "chat, nats",
+        "chat.kl": "chat, KL", "chat.same_start": "begins as the base, %", "chat.alike": "one same answer, %",
+    }  # fmt: skip
     rows = []
     for name, one in told.items():
         if isinstance(one, dict) and "exit" in one:
