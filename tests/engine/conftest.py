@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from byte_base import byte_tokenizer
 from postil.adapter import Adapter, LoraConfig, attach, detach
 from postil.base import Base
 
 VOCABULARY = 260  # 256 bytes and four specials
 EOS = 257
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SIZES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64},
     "gemma2": {
@@ -42,15 +41,7 @@ RANKS = {"one": 1, "four": 4, "eight": 8}
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """Every byte is a token, so that most random answers hold halves of characters."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    made.chat_template = CHATML
-    assert made.eos_token_id == EOS
-    return made
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from byte_base import byte_tokenizer
 from postil.adapter import AdaptedModel, Adapter, LoraConfig, attach, detach
 from postil.base import Base
 from postil.data import DataOptions, load_data
@@ -17,23 +20,12 @@ from postil.training import train
 
 VOCABULARY = 260  # 256 bytes and four specials
 EOS = 257
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
-    made.chat_template = CHATML
-    return made
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
